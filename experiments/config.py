@@ -1,0 +1,205 @@
+"""What a fine-tuning command asks for, and the runs it stands for: frozen dataclasses, checked.
+
+A command is a grid: methods x learning rates x seeds. Each point is one `RunConfig`, which holds
+everything that decides the final parameters, and nothing else: it is the identity of a run folder.
+The defaults are the set-up of the paper's GLUE table, except the epochs of the embedded task.
+"""
+
+import dataclasses
+import difflib
+import math
+import pathlib
+from collections.abc import Iterable
+from typing import Annotated, Literal
+
+import tyro
+
+# The paper trains one epoch of 3,668 to 392,702 examples. `pydoc` has a few thousand, and one
+# command with four methods is to end within six minutes on two CPU cores.
+EPOCHS = {"pydoc": 2}
+PAPER_EPOCHS = 1
+
+
+def one_of(what: str, name: str, known: Iterable[str]) -> str:
+    """`name`, if it is one of `known`; else a ValueError with the near misses and the list."""
+    known = list(known)
+    if name in known:
+        return name
+    near = difflib.get_close_matches(name, known, n=2, cutoff=0.4)
+    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    raise ValueError(f"unknown {what} {name!r}; {hint}there are {', '.join(known)}")
+
+
+def _list_of(kind: type, metavar: str) -> tyro.constructors.PrimitiveConstructorSpec:
+    """Reads `a,b,c` as a tuple."""
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=lambda args: tuple(kind(x.strip()) for x in args[0].split(",")),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [",".join(map(str, value))],
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """What all runs of a command share."""
+
+    model: str = "minilm"
+    """The encoder: minilm (pretrained) or tiny (random, for tests)."""
+    task: str = "pydoc"
+    """pydoc (embedded, no download), or a GLUE task: cola, mrpc, sst2, rte, qnli, mnli."""
+    epochs: int | None = None
+    """Passes over the training data; None: 2 for pydoc, 1 (the paper's) for the others."""
+    batch_size: int = 32
+    """Examples per step."""
+    max_length: int = 128
+    """Tokens per example; longer ones are cut."""
+    train_examples: int = 0
+    """Train on a subset of this size, drawn by the seed; 0: all."""
+    eval_examples: int = 0
+    """Evaluate on a subset of this size, the same for every seed; 0: all."""
+    rank: int = 8
+    """Rank r of the adapters."""
+    alpha: float = 16.0
+    """The adapters' scale is alpha / r."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(r) instead."""
+    dropout: float = 0.0
+    """On the adapters' input and on the pooled features."""
+    head_learning_rate: float | None = None
+    """Peak rate of the fresh classification head in the LoRA methods; None: the adapters' rate."""
+    warmup_ratio: float = 0.03
+    """Share of the steps over which the rate rises; then it falls to 0 along a cosine."""
+    clip_norm: float = 1.0
+    """Bound on the global norm of the raw gradients; 0: none."""
+    weight_decay: float = 0.0
+    """Decoupled decay; for the lorapro methods, of the adapters' product."""
+    b1: float = 0.9
+    """Adam's decay of the first moment."""
+    b2: float = 0.999
+    """Adam's decay of the second moment."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the activations; parameters and optimizer state are float32."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig(Training):
+    """One run: one method, learning rate and seed, with the epochs settled."""
+
+    method: str
+    learning_rate: float
+    seed: int
+    epochs: int
+
+    @property
+    def folder_name(self) -> str:
+        """<task>-<model>-<method>-lr<rate>-seed<seed>."""
+        rate = f"{self.learning_rate:g}"
+        return f"{self.task}-{self.model}-{self.method}-lr{rate}-seed{self.seed}"
+
+    @property
+    def scale(self) -> float:
+        """The s of K0 + s a b."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command(Training):
+    """Fine-tune a pretrained encoder by several methods and compare them.
+
+    Example: python -m experiments.finetune --methods full,lora,lorapro-full,lorapro-efficient
+    """
+
+    methods: Annotated[tuple[str, ...], _list_of(str, "NAME,NAME,...")] = (
+        "full",
+        "lora",
+        "lorapro-full",
+        "lorapro-efficient",
+    )
+    """Any of full, lora, lorapro-full, lorapro-efficient."""
+    learning_rates: Annotated[tuple[float, ...], _list_of(float, "RATE,RATE,...")] = (1e-4,)
+    """Peak learning rates; every method is run with each."""
+    seeds: Annotated[tuple[int, ...], _list_of(int, "N,N,...")] = (0,)
+    """Each decides a run's head, adapters, order of the data and dropout."""
+    data_dir: str | None = None
+    """Where the prepared GLUE tasks are; pydoc needs none."""
+    out: pathlib.Path = pathlib.Path("runs/finetune")
+    """Folder of the run folders, results.jsonl and the plots."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints; 0: none before the end."""
+    diagnose_every: int = 0
+    """Steps between measurements of how close the steps are to full fine-tuning's; 0: never."""
+
+
+def runs(command: Command) -> list[RunConfig]:
+    """The runs that a command stands for, in order; raises ValueError for what cannot be run."""
+    shared = {f.name: getattr(command, f.name) for f in dataclasses.fields(Training)}
+    if command.epochs is None:
+        shared["epochs"] = EPOCHS.get(command.task, PAPER_EPOCHS)
+    for flag, values in (
+        ("--methods", command.methods),
+        ("--learning-rates", command.learning_rates),
+        ("--seeds", command.seeds),
+    ):
+        if len(set(values)) < len(values):
+            raise ValueError(
+                f"{flag} {','.join(map(str, values))} names a value twice; once will do"
+            )
+    _at_least("--checkpoint-every", command.checkpoint_every, 0)
+    _at_least("--diagnose-every", command.diagnose_every, 0)
+    grid = [
+        RunConfig(**shared, method=method, learning_rate=rate, seed=seed)
+        for method in command.methods
+        for rate in command.learning_rates
+        for seed in command.seeds
+    ]
+    for run in grid:
+        check(run)
+    return grid
+
+
+def check(run: RunConfig) -> None:
+    """Raises ValueError for the first number of a run that is out of its range."""
+    _positive("--learning-rates", run.learning_rate)
+    if run.head_learning_rate is not None:
+        _positive("--head-learning-rate", run.head_learning_rate)
+    _positive("--alpha", run.alpha)
+    _positive("--eps", run.eps)
+    for flag, value in (
+        ("--epochs", run.epochs),
+        ("--batch-size", run.batch_size),
+        ("--rank", run.rank),
+    ):
+        _at_least(flag, value, 1)
+    _at_least("--max-length", run.max_length, 3)  # [CLS], a token, [SEP]
+    for flag, value in (
+        ("--seeds", run.seed),
+        ("--train-examples", run.train_examples),
+        ("--eval-examples", run.eval_examples),
+        ("--clip-norm", run.clip_norm),
+        ("--weight-decay", run.weight_decay),
+    ):
+        _at_least(flag, value, 0)
+    for flag, value in (
+        ("--dropout", run.dropout),
+        ("--warmup-ratio", run.warmup_ratio),
+        ("--b1", run.b1),
+        ("--b2", run.b2),
+    ):
+        if not 0 <= value < 1:
+            raise ValueError(f"{flag} must be at least 0 and less than 1, not {value}")
+
+
+def _positive(flag: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(
+            f"{flag} must be a finite number greater than 0, such as 1e-4, not {value}"
+        )
+
+
+def _at_least(flag: str, value: float, least: int) -> None:
+    if not (math.isfinite(value) and value >= least):
+        raise ValueError(f"{flag} must be a finite number of at least {least}, not {value}")
