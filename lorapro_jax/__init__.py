@@ -1,1 +1,26 @@
-"""LoRA-Pro for JAX: low-rank adapters whose steps are closest to full fine-tuning."""
+"""LoRA-Pro for JAX: low-rank adapters whose steps are closest to full fine-tuning.
+
+import lorapro_jax as lp
+tx = lp.freeze_base(lp.lorapro_adamw(1e-4, scale=2.0, mode="full"))
+"""
+
+from lorapro_jax import layouts
+from lorapro_jax._diagnostics import PairDiagnostics, diagnose
+from lorapro_jax._layouts import Layout, LoRADimensionNumbers
+from lorapro_jax._partition import freeze_base, labels, merge, split
+from lorapro_jax._transform import lorapro, lorapro_adamw, scale_by_lorapro_adam
+
+__all__ = [
+    "LoRADimensionNumbers",
+    "Layout",
+    "PairDiagnostics",
+    "diagnose",
+    "freeze_base",
+    "labels",
+    "layouts",
+    "lorapro",
+    "lorapro_adamw",
+    "merge",
+    "scale_by_lorapro_adam",
+    "split",
+]

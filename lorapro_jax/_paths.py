@@ -1,4 +1,4 @@
-"""Parameter paths as strings: `encoder/layers/0/query/lora_a`, the same for Linen, NNX and optax trees."""
+"""Parameter paths as strings, the same for Linen, NNX and optax trees: `layers/0/query/lora_a`."""
 
 import difflib
 from collections.abc import Iterable
@@ -15,9 +15,11 @@ def _key_str(key) -> str:
 
 
 def path_str(path: tuple) -> str:
-    """The normalised path of a leaf: keys joined by "/", a wrapper's trailing attribute removed."""
+    """The normalised path of a leaf: keys joined by "/", a wrapper's attribute removed."""
     keys = list(path)
-    while keys and isinstance(keys[-1], jax.tree_util.GetAttrKey) and keys[-1].name in _WRAPPER_KEYS:
+    while (
+        keys and isinstance(keys[-1], jax.tree_util.GetAttrKey) and keys[-1].name in _WRAPPER_KEYS
+    ):
         keys.pop()
     return "/".join(_key_str(key) for key in keys)
 
@@ -28,6 +30,6 @@ def no_match_error(what: str, pattern: str, candidates: Iterable[str]) -> ValueE
     near = difflib.get_close_matches(pattern, candidates, n=3, cutoff=0.3) or candidates[:3]
     shown = ", ".join(near) if near else "there is none to match"
     return ValueError(
-        f"{what} {pattern!r} matches none of {len(candidates)} paths; it is compared with the whole "
-        f"path (re.fullmatch). Nearest: {shown}"
+        f"{what} {pattern!r} matches none of {len(candidates)} paths; it is compared with the "
+        f"whole path (re.fullmatch). Nearest: {shown}"
     )

@@ -1,0 +1,105 @@
+"""Full mode: Adam's moments of the equivalent gradient, two (m, n) arrays a pair (Algorithm 2)."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int
+
+from lorapro_jax import _solve
+from lorapro_jax._batch import Problem, aligned, chunks, problems, spectra, steps
+from lorapro_jax._layouts import Pair, check_leaves, factor_indices, find_pairs, flatten, write
+
+
+class FullState(NamedTuple):
+    """State of full mode. The moments are those of g~, keyed by the pair's path."""
+
+    count: Int[Array, ""]  # steps taken
+    mu: Any  # {path: (*m, *n), batch axis first if there is one}, float32 or mu_dtype
+    nu: Any  # the same in float32 or better
+    rest: Any  # plain Adam's state for the leaves in no pair
+
+
+def full_mode(
+    projection, adam, scale, betas, mu_dtype, *, x, damping, layout, require_pairs
+) -> optax.GradientTransformationExtraArgs:
+    """Full mode: Algorithm 2."""
+    b1, b2, eps = betas
+
+    def pairs_of(tree):
+        paths, leaves, treedef = flatten(tree)
+        return (
+            paths,
+            leaves,
+            treedef,
+            find_pairs(paths, leaves, layout, require_pairs=require_pairs),
+        )
+
+    def in_no_pair(tree):
+        _, leaves, treedef, pairs = pairs_of(tree)
+        inside = factor_indices(pairs)
+        return jax.tree.unflatten(treedef, [i not in inside for i in range(len(leaves))])
+
+    rest = optax.masked(adam, in_no_pair)
+
+    def init(params):
+        projection.init(params)
+        _, leaves, _, pairs = pairs_of(params)
+        count = jnp.zeros((), jnp.int32)
+        if not leaves:  # optax.tree.map_params' placeholder: here a leaf stands for any subtree
+            return FullState(count, count, count, rest.init(params))
+        mu = {pair.path: _zero_moment(pair, leaves, mu_dtype) for pair in pairs}
+        nu = {pair.path: _zero_moment(pair, leaves, None) for pair in pairs}
+        return FullState(count, mu, nu, rest.init(params))
+
+    def adam_direction(p: Problem, da, db, mu, nu, count):
+        """One pair's new moments, and the factor gradients that Adam's direction would cause."""
+        g = jax.vmap(_solve.equivalent_gradient, (0, 0, 0, 0, None))(p.a, p.b, da, db, p.s)
+        mu = _average(g, mu, b1)
+        nu = _average(g * g, nu, b2)
+        m_hat = mu.astype(g.dtype) / (1 - b1**count)
+        U = m_hat / (jnp.sqrt(nu / (1 - b2**count)) + eps)
+        return mu, nu, *jax.vmap(_solve.project, (0, 0, 0, None))(p.a, p.b, U, p.s)
+
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
+        paths, leaves, treedef, pairs = pairs_of(updates)
+        check_leaves(paths, leaves)
+        ps = problems(pairs, aligned(paths, leaves, params), leaves, scale)
+        others, rest_state = rest.update(updates, state.rest)
+        new = jax.tree.leaves(others)
+        count = optax.safe_increment(state.count)
+        mu, nu = {}, {}
+        for chunk in chunks(ps):
+            members = [ps[i] for i in chunk]
+            spec = spectra(members, damping)
+            for k, (da, db) in enumerate(steps(members, spec, x)):
+                path, p = pairs[chunk[k]].path, members[k]
+                moments = (_batched(state.mu[path], p), _batched(state.nu[path], p))
+                m, v, h_a, h_b = adam_direction(p, da, db, *moments, count)
+                mu[path], nu[path] = (new.reshape(state.mu[path].shape) for new in (m, v))
+                members[k] = p._replace(h_a=h_a, h_b=h_b)
+            for i, (da, db) in zip(chunk, steps(members, spec, x), strict=True):
+                write(pairs[i], da, db, new)
+        return jax.tree.unflatten(treedef, new), FullState(count, mu, nu, rest_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _average(g: Array, moment: Array, decay: float | Array) -> Array:
+    return (decay * moment + (1 - decay) * g).astype(moment.dtype)
+
+
+def _zero_moment(pair: Pair, leaves: list[Any], dtype: Any) -> Array:
+    """Zeros of the pair's kernel, (*batch, *m, *n), in `dtype` or float32 and better."""
+    a, b = leaves[pair.a], leaves[pair.b]
+    batch = [a.shape[i] for i in pair.a_axes.batch]
+    m, n = [a.shape[i] for i in pair.a_axes.others], [b.shape[i] for i in pair.b_axes.others]
+    wide = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
+    return jnp.zeros((*batch, *m, *n), wide if dtype is None else dtype)
+
+
+def _batched(moment: Array, p: Problem) -> Array:
+    """A moment with exactly one batch axis in front, as `p` has."""
+    return moment.reshape(p.a.shape[:-1] + p.b.shape[2:])

@@ -1,0 +1,261 @@
+"""Which leaves of a parameter tree form a LoRA pair, and which of their axes are m, r and n."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from lorapro_jax._paths import no_match_error, path_str
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRADimensionNumbers:
+    """Which axes of a pair's two leaves are the rank and the batch; the rest are m and n.
+
+    Per batch index the pair is K = K0 + s a b: every axis of `a` that is neither rank nor batch
+    is flattened into the rows m, every such axis of `b` into the columns n. Axes may be
+    negative. As for `jax.lax.ConvDimensionNumbers`, nothing is inferred from sizes.
+
+    Args:
+      a_rank: the rank axis of `a`; None for the last axis that is not a batch axis.
+      b_rank: the rank axis of `b`; None for the first axis that is not a batch axis.
+      a_batch: axes of `a` over which pairs are independent (scanned layers, heads, experts).
+      b_batch: the axes of `b` that match them, in the same order.
+
+    Example:
+      Twelve scanned layers, a (12, 768, 8) and b (12, 8, 3072):
+
+      >>> import lorapro_jax as lp
+      >>> lp.LoRADimensionNumbers(a_batch=(0,), b_batch=(0,))
+      LoRADimensionNumbers(a_rank=None, b_rank=None, a_batch=(0,), b_batch=(0,))
+    """
+
+    a_rank: int | None = None
+    b_rank: int | None = None
+    a_batch: tuple[int, ...] = ()
+    b_batch: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How to find pairs by path, and the axes of those that are not plain matrices.
+
+    Args:
+      a: regex that matches the whole path of a first factor; its group `pair` names the pair.
+      b: the same for the second factor; two leaves with the same `pair` belong together.
+      dims: {regex of the pair's path: LoRADimensionNumbers}. Pairs of two-dimensional leaves
+        (m, r), (r, n) need none; any other pair must be declared here.
+
+    Example:
+      >>> import lorapro_jax as lp
+      >>> scanned = lp.LoRADimensionNumbers(a_batch=(0,), b_batch=(0,))
+      >>> layout = lp.layouts.FLAX.declare({r"decoder/layers/.*": scanned})
+    """
+
+    a: str
+    b: str
+    dims: Mapping[str, LoRADimensionNumbers] = dataclasses.field(default_factory=dict)
+
+    def declare(self, dims: Mapping[str, LoRADimensionNumbers]) -> "Layout":
+        """This layout with the dimension numbers of some pairs declared, the new ones first."""
+        return dataclasses.replace(self, dims={**dims, **self.dims})
+
+    def role(self, path: str) -> tuple[str, str] | None:
+        """("a" or "b", the pair's raw name) of a leaf, or None where it is no factor."""
+        for role, pattern in (("a", self.a), ("b", self.b)):
+            if match := re.fullmatch(pattern, path):
+                return role, match["pair"]
+        return None
+
+
+# One node with leaves lora_a and lora_b (flax.nnx.LoRA, lorapro_jax), or siblings of the
+# kernel named <kernel>_lora_a and <kernel>_lora_b (qwix).
+FLAX = Layout(a=r"(?P<pair>(.*[/_])?)lora_a", b=r"(?P<pair>(.*[/_])?)lora_b")
+
+
+class Axes(NamedTuple):
+    """One leaf's axes in canonical order: batch, then the rank and the others."""
+
+    batch: tuple[int, ...]
+    rank: int
+    others: tuple[int, ...]
+
+
+class Pair(NamedTuple):
+    """One pair: its path, where its leaves stand in the flattened tree, how their axes lie."""
+
+    path: str
+    a: int
+    b: int
+    a_axes: Axes
+    b_axes: Axes
+    rank: int
+
+
+def flatten(
+    tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> tuple[list[str], list[Any], Any]:
+    """Normalised paths, leaves and treedef."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf)
+    return [path_str(path) for path, _ in leaves], [leaf for _, leaf in leaves], treedef
+
+
+def check_trainable(path: str, leaf: Any) -> None:
+    """Raises ValueError for a leaf without a gradient: integers, booleans, float0."""
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+    if dtype == jax.dtypes.float0 or not jnp.issubdtype(dtype, jnp.inexact):
+        raise ValueError(
+            f"{path} has dtype {dtype}, which cannot be trained; take it out of the tree before "
+            "jax.grad (lora, base = lp.split(params)), or freeze it with lp.freeze_base"
+        )
+
+
+def check_leaves(paths: Sequence[str], leaves: Sequence[Any]) -> None:
+    """`check_trainable` for every leaf."""
+    for path, leaf in zip(paths, leaves, strict=True):
+        check_trainable(path, leaf)
+
+
+def _axes(path: str, name: str, ndim: int, rank: int | None, batch: tuple[int, ...]) -> Axes:
+    """The declared axes of one leaf, non-negative and complete."""
+
+    def normal(axis: int) -> int:
+        if not -ndim <= axis < ndim:
+            raise ValueError(f"{path}: axis {axis} was declared for {name}, which has {ndim} axes")
+        return axis % ndim
+
+    batches = tuple(normal(axis) for axis in batch)
+    free = [axis for axis in range(ndim) if axis not in batches]
+    if len(set(batches)) < len(batches) or not free:
+        raise ValueError(f"{path}: batch axes {batch} of {name} ({ndim} axes) leave no rank axis")
+    default = free[-1] if name == "a" else free[0]
+    chosen = default if rank is None else normal(rank)
+    if chosen in batches:
+        raise ValueError(f"{path}: axis {rank} of {name} was declared both rank and batch")
+    return Axes(batches, chosen, tuple(axis for axis in free if axis != chosen))
+
+
+def _declared(path: str, a: Any, b: Any, layout: Layout) -> LoRADimensionNumbers:
+    for pattern, dims in layout.dims.items():
+        if re.fullmatch(pattern, path):
+            return dims
+    if len(a.shape) == len(b.shape) == 2:
+        return LoRADimensionNumbers()
+    raise ValueError(
+        f"{path} is ambiguous: a {tuple(a.shape)} and b {tuple(b.shape)} may be stacked layers, "
+        "heads or experts, or one matrix with several axes. Declare it, for layers on axis 0: "
+        f'layout=lp.layouts.FLAX.declare({{r"{re.escape(path)}": '
+        "lp.LoRADimensionNumbers(a_batch=(0,), b_batch=(0,))})"
+    )
+
+
+def _make_pair(path: str, index: Mapping[str, int], leaves: Sequence[Any], layout: Layout) -> Pair:
+    a, b = leaves[index["a"]], leaves[index["b"]]
+    dims = _declared(path, a, b, layout)
+    a_axes = _axes(path, "a", len(a.shape), dims.a_rank, dims.a_batch)
+    b_axes = _axes(path, "b", len(b.shape), dims.b_rank, dims.b_batch)
+    batch_a = [a.shape[axis] for axis in a_axes.batch]
+    batch_b = [b.shape[axis] for axis in b_axes.batch]
+    rank = a.shape[a_axes.rank]
+    if rank != b.shape[b_axes.rank] or batch_a != batch_b:
+        raise ValueError(
+            f"{path}: a {tuple(a.shape)} has rank {rank} and batch {batch_a}, b {tuple(b.shape)} "
+            f"has rank {b.shape[b_axes.rank]} and batch {batch_b}; they must agree. If the axes "
+            "lie otherwise, declare them with layout=lp.layouts.FLAX.declare({...})"
+        )
+    return Pair(path, index["a"], index["b"], a_axes, b_axes, rank)
+
+
+def _by_name(paths: Sequence[str], layout: Layout) -> dict[str, dict[str, int]]:
+    """{pair: {"a": leaf index, "b": leaf index}}, complete or an error."""
+    found: dict[str, dict[str, int]] = {}
+    for i, path in enumerate(paths):
+        if role := layout.role(path):
+            factors = found.setdefault(role[1], {})
+            if role[0] in factors:
+                raise ValueError(
+                    f"{paths[factors[role[0]]]} and {path} are both the {role[0]} of one pair; "
+                    "pass a layout= whose group `pair` tells them apart"
+                )
+            factors[role[0]] = i
+    for name, factors in found.items():
+        if len(factors) == 1:
+            (role, i), other = *factors.items(), "b" if "a" in factors else "a"
+            raise ValueError(
+                f"{name.rstrip('/_') or 'the root'} has {paths[i].rsplit('/', 1)[-1]} ({role}) but "
+                f"no matching {other}; train and freeze both together, or pass layout=..."
+            )
+    return found
+
+
+def find_pairs(
+    paths: Sequence[str], leaves: Sequence[Any], layout: Layout | None, *, require_pairs: bool
+) -> tuple[Pair, ...]:
+    """The pairs of a flattened tree, sorted by path.
+
+    Raises:
+      ValueError: a factor without its partner, shapes that do not agree, axes that cannot be
+        told from the shapes, a leaf that cannot be trained, a declaration that matches no pair,
+        or no pair at all although the tree has leaves and `require_pairs` is set.
+    """
+    layout = FLAX if layout is None else layout
+    found = _by_name(paths, layout)
+    names = {name: name.rstrip("/_") or "lora" for name in found}
+    if len(set(names.values())) < len(names):
+        raise ValueError(f"two pairs share one path among {sorted(names)}; rename one of them")
+    pairs = [_make_pair(names[name], index, leaves, layout) for name, index in found.items()]
+    for pair in pairs:
+        check_trainable(paths[pair.a], leaves[pair.a])
+        check_trainable(paths[pair.b], leaves[pair.b])
+    if require_pairs and leaves:
+        if not pairs:
+            raise ValueError(
+                f"none of {len(leaves)} leaves is a LoRA factor (such as {paths[0]}): no path "
+                f"matches {layout.a!r} or {layout.b!r}. Pass layout=..., or require_pairs=False"
+            )
+        for pattern in layout.dims:
+            if not any(re.fullmatch(pattern, pair.path) for pair in pairs):
+                raise no_match_error("layout.dims", pattern, [pair.path for pair in pairs])
+    return tuple(sorted(pairs))
+
+
+def _canonical(x: Array, order: Sequence[int], batches: int) -> Array:
+    """Transposed to `order`, the leading `batches` axes as one (of size 1 where there is none)."""
+    x = jnp.transpose(x, order)
+    return x if batches == 1 else jnp.reshape(x, (-1, *x.shape[batches:]))
+
+
+def _a_order(axes: Axes) -> tuple[int, ...]:
+    return (*axes.batch, *axes.others, axes.rank)
+
+
+def _b_order(axes: Axes) -> tuple[int, ...]:
+    return (*axes.batch, axes.rank, *axes.others)
+
+
+def read(pair: Pair, leaves: Sequence[Array]) -> tuple[Array, Array]:
+    """A pair of leaves as a (batch, *m, r) and b (batch, r, *n)."""
+    return (
+        _canonical(leaves[pair.a], _a_order(pair.a_axes), len(pair.a_axes.batch)),
+        _canonical(leaves[pair.b], _b_order(pair.b_axes), len(pair.b_axes.batch)),
+    )
+
+
+def _restore(x: Array, order: Sequence[int], like: Any) -> Array:
+    x = jnp.reshape(x, [like.shape[axis] for axis in order])
+    return jnp.transpose(x, [order.index(axis) for axis in range(len(order))]).astype(like.dtype)
+
+
+def write(pair: Pair, a: Array, b: Array, leaves: list[Any]) -> None:
+    """Puts canonical factors back into `leaves`, in the axes and dtype of what stood there."""
+    leaves[pair.a] = _restore(a, _a_order(pair.a_axes), leaves[pair.a])
+    leaves[pair.b] = _restore(b, _b_order(pair.b_axes), leaves[pair.b])
+
+
+def factor_indices(pairs: Iterable[Pair]) -> frozenset[int]:
+    """Indices of all leaves that belong to a pair."""
+    return frozenset(index for pair in pairs for index in (pair.a, pair.b))

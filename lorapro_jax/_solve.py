@@ -1,0 +1,211 @@
+"""The LoRA-Pro closed form for one pair: K = K0 + s a b, a (m, r), b (r, n).
+
+Autodiff gives h_a = s G bᵀ and h_b = s aᵀ G, two projections of the full gradient G. The
+factor updates whose product J(da, db) = s (da b + a db) is closest to G are, with P = aᵀa,
+Q = b bᵀ, M = aᵀ h_a = h_b bᵀ and a damping λ,
+
+    Y  = U [(Uᵀ M V)_ij / (p_i + q_j + λ)] Vᵀ      from P = U diag(p) Uᵀ, Q = V diag(q) Vᵀ
+    da = (h_a - a Y) (Q + λ)⁻¹ / s²
+    db = (P + λ)⁻¹ (h_b - Y b) / s²
+
+which is exactly (JᵀJ + s² λ I)⁻¹ (h_a, h_b): no inverse of a near-singular matrix, no case
+for b = 0. λ → 0 gives Theorem 2.1 of arXiv:2407.18242 with the Sylvester X, the minimum-norm
+minimiser J⁺G.
+
+The work is in three steps: `grams` contracts the factors to (r, r), `coefficients` does all
+that is cubic in r, `combine` multiplies the factors by (r, r) matrices. The first and last
+touch every number of a pair once and never see another pair; only the middle one is worth
+batching. m and n may each be several axes: they are contracted whole, nothing is reshaped, so
+that a sharded axis stays as it is.
+"""
+
+from typing import Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Choice = Literal["sylvester", "zero", "symmetric"]
+CHOICES: tuple[str, ...] = get_args(Choice)
+
+# TPUs and Ampere GPUs would run float32 products at bf16 or tf32, whose error the
+# inverse Grams amplify by the square of the condition number.
+_PRECISION = jax.lax.Precision.HIGHEST
+
+
+class Spectrum(NamedTuple):
+    """The eigendecompositions of one pair's Grams, shared by every solve at the same point."""
+
+    p: Float[Array, "*batch r"]  # eigenvalues of P = aᵀa, ascending, >= 0
+    U: Float[Array, "*batch r r"]  # its eigenvectors, in columns
+    q: Float[Array, "*batch r"]  # eigenvalues of Q = b bᵀ
+    V: Float[Array, "*batch r r"]
+    damping: Float[Array, "*batch"]  # λ, absolute, in the units of P and Q
+
+
+class Coefficients(NamedTuple):
+    """The (r, r) matrices of the update: da = h_a Za - a Wa, db = Zb h_b - Wb b."""
+
+    Za: Float[Array, "*batch r r"]
+    Wa: Float[Array, "*batch r r"]
+    Zb: Float[Array, "*batch r r"]
+    Wb: Float[Array, "*batch r r"]
+
+
+def widen(x: Array) -> Array:
+    """`x` in float32 or better: bf16 and f16 have no eigh, and no digits to spare."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _dot(x: Array, y: Array) -> Array:
+    return jnp.tensordot(x, y, 1, precision=_PRECISION)
+
+
+def gram_left(x: Float[Array, "*m r"], y: Float[Array, "*m k"]) -> Float[Array, "r k"]:
+    """xᵀ y, contracted over every axis but the last."""
+    axes = list(range(x.ndim - 1))
+    return jnp.tensordot(x, y, (axes, axes), precision=_PRECISION)
+
+
+def gram_right(x: Float[Array, "r *n"], y: Float[Array, "k *n"]) -> Float[Array, "r k"]:
+    """x yᵀ, contracted over every axis but the first."""
+    axes = list(range(1, x.ndim))
+    return jnp.tensordot(x, y, (axes, axes), precision=_PRECISION)
+
+
+def grams(
+    a: Float[Array, "*m r"], b: Float[Array, "r *n"]
+) -> tuple[Float[Array, "r r"], Float[Array, "r r"]]:
+    """P = aᵀa and Q = b bᵀ."""
+    return gram_left(a, a), gram_right(b, b)
+
+
+def shared_core(
+    a: Float[Array, "*m r"],
+    b: Float[Array, "r *n"],
+    h_a: Float[Array, "*m r"],
+    h_b: Float[Array, "r *n"],
+) -> Float[Array, "r r"]:
+    """M = aᵀ h_a = h_b bᵀ, the part of the gradient that both factors see.
+
+    Equal in exact arithmetic; the mean treats the factors alike and halves the rounding.
+    """
+    return (gram_left(a, h_a) + gram_right(h_b, b)) / 2
+
+
+def spectrum(P: Float[Array, "r r"], Q: Float[Array, "r r"], damping: Float[Array, ""]) -> Spectrum:
+    """Eigendecompositions of P and Q, and λ = damping · max(tr P, tr Q) / r.
+
+    λ is relative, and positive as long as one of the factors is not zero. A damping under the
+    working precision is raised to it: below that, the eigenvalues of a rank-deficient Gram are
+    rounding errors, and dividing by them would return noise.
+    """
+    eigenvalues, vectors = jnp.linalg.eigh(jnp.stack([P, Q]), symmetrize_input=False)
+    p, q = jnp.maximum(eigenvalues, 0)  # a Gram has no negative eigenvalue; rounding does
+    info = jnp.finfo(P.dtype)
+    mean = jnp.maximum(jnp.trace(P), jnp.trace(Q)) / P.shape[0]
+    # `tiny` only counts where both factors are zero: 0 / tiny = 0, the right update.
+    absolute = jnp.maximum(damping, info.eps) * mean + info.tiny
+    return Spectrum(p, vectors[0], q, vectors[1], absolute.astype(P.dtype))
+
+
+def _inverse(values: Array, vectors: Array, damping: Array) -> Array:
+    return _dot(vectors / (values + damping)[None, :], vectors.T)
+
+
+def _cores(x: str, M: Array, spec: Spectrum, P_inv: Array, Q_inv: Array) -> tuple[Array, Array]:
+    """How much of the shared core M each factor leaves to the other: Y in da, Y in db."""
+    if x == "sylvester":
+        denominator = spec.p[:, None] + spec.q[None, :] + spec.damping
+        Y = _dot(_dot(spec.U, _dot(_dot(spec.U.T, M), spec.V) / denominator), spec.V.T)
+        return Y, Y
+    if x == "zero":
+        return _dot(P_inv, M), jnp.zeros_like(M)
+    if x == "symmetric":
+        return _dot(P_inv, M) / 2, _dot(M, Q_inv) / 2
+    raise ValueError(f"x must be one of {', '.join(CHOICES)}, not {x!r}")
+
+
+def coefficients(
+    spec: Spectrum, M: Float[Array, "r r"], s: Float[Array, ""], x: str = "sylvester"
+) -> Coefficients:
+    """The (r, r) matrices that turn (h_a, h_b) into (da, db).
+
+    `x` chooses among the minimisers, which all have the same product: "sylvester" the
+    minimum-norm one, "zero" the paper's X = 0, "symmetric" half of the core on each side.
+    """
+    P_inv = _inverse(spec.p, spec.U, spec.damping)
+    Q_inv = _inverse(spec.q, spec.V, spec.damping)
+    Y_a, Y_b = _cores(x, M, spec, P_inv, Q_inv)
+    s2 = (s * s).astype(M.dtype)
+    return Coefficients(Q_inv / s2, _dot(Y_a, Q_inv) / s2, P_inv / s2, _dot(P_inv, Y_b) / s2)
+
+
+def combine(
+    a: Float[Array, "*m r"],
+    b: Float[Array, "r *n"],
+    h_a: Float[Array, "*m r"],
+    h_b: Float[Array, "r *n"],
+    c: Coefficients,
+) -> tuple[Float[Array, "*m r"], Float[Array, "r *n"]]:
+    """(da, db) = (h_a Za - a Wa, Zb h_b - Wb b)."""
+    return _dot(h_a, c.Za) - _dot(a, c.Wa), _dot(c.Zb, h_b) - _dot(c.Wb, b)
+
+
+def solve(
+    a: Float[Array, "*m r"],
+    b: Float[Array, "r *n"],
+    h_a: Float[Array, "*m r"],
+    h_b: Float[Array, "r *n"],
+    s: Float[Array, ""],
+    damping: Float[Array, ""],
+    x: str = "sylvester",
+) -> tuple[Float[Array, "*m r"], Float[Array, "r *n"]]:
+    """(da, db) for one pair, from the projections h_a = s G bᵀ and h_b = s aᵀ G."""
+    spec = spectrum(*grams(a, b), damping)
+    return combine(a, b, h_a, h_b, coefficients(spec, shared_core(a, b, h_a, h_b), s, x))
+
+
+def equivalent_gradient(
+    a: Float[Array, "*m r"],
+    b: Float[Array, "r *n"],
+    da: Float[Array, "*m r"],
+    db: Float[Array, "r *n"],
+    s: Float[Array, ""],
+) -> Float[Array, "..."]:
+    """g~ = J(da, db) = s (da b + a db), the step of the full weight that (da, db) stands for."""
+    left = jnp.concatenate([da, a], axis=-1) * s.astype(a.dtype)
+    return _dot(left, jnp.concatenate([b, db], axis=0))
+
+
+def project(
+    a: Float[Array, "*m r"], b: Float[Array, "r *n"], U: Float[Array, "..."], s: Float[Array, ""]
+) -> tuple[Float[Array, "*m r"], Float[Array, "r *n"]]:
+    """The factor gradients (s U bᵀ, s aᵀ U) that a full-weight direction U would have caused."""
+    m, n = a.ndim - 1, b.ndim - 1
+    rows, cols = list(range(m)), list(range(m, m + n))
+    h_a = jnp.tensordot(
+        U, b * s.astype(b.dtype), (cols, list(range(1, n + 1))), precision=_PRECISION
+    )
+    h_b = jnp.tensordot(a * s.astype(a.dtype), U, (rows, rows), precision=_PRECISION)
+    return h_a, h_b
+
+
+def mean_squares(
+    a: Float[Array, "*m r"],
+    b: Float[Array, "r *n"],
+    da: Float[Array, "*m r"],
+    db: Float[Array, "r *n"],
+    s: Float[Array, ""],
+) -> tuple[Float[Array, "*m"], Float[Array, "*n"]]:
+    """Row and column means of g~² in O((m + n) r²), without the (m, n) array.
+
+    With g~ = s L R, L = [da a] (m, 2r), R = [b; db] (2r, n): the row means are
+    s²/n · rowsum(L (R Rᵀ) ∘ L), the column means s²/m · colsum(R ∘ (LᵀL) R).
+    """
+    L = jnp.concatenate([da, a], axis=-1)
+    R = jnp.concatenate([b, db], axis=0)
+    m, n = a.size // a.shape[-1], b.size // b.shape[0]
+    row = jnp.sum(_dot(L, gram_right(R, R)) * L, axis=-1) * (s * s / n).astype(a.dtype)
+    col = jnp.sum(R * _dot(gram_left(L, L), R), axis=0) * (s * s / m).astype(a.dtype)
+    return jnp.maximum(row, 0), jnp.maximum(col, 0)  # sums of squares, but for rounding
