@@ -1,0 +1,274 @@
+"""Token batches in a few static lengths, addressed by step: batch i is a function of (seed, i).
+
+Epoch: shuffle all rows; sort by length inside windows of several batches; cut into batches; shuffle
+the batches. Rows of a batch are then about equally long, T is the smallest bucket that holds them,
+and jit compiles once per bucket. Every row comes once an epoch; a short last batch is filled up
+with rows of weight 0.
+"""
+
+import copy
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterable, Sequence
+
+import grain
+import numpy as np
+import tokenizers
+
+from experiments.data.task import Example, check_label
+
+BUCKETS = (16, 32, 48, 64, 96, 128)
+WINDOW = 16  # batches that are sorted by length together; more pad less and mix less
+_CHUNK = 4096  # texts tokenised at a time, which bounds the memory their Encodings take
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Encoded:
+    """Tokenised examples, N rows of different lengths laid end to end.
+
+    Attributes:
+        tokens: token ids of all rows, int32.
+        segments: 0 in the first text, 1 in the second, int32, as long as tokens.
+        lengths: tokens of each row, int64 (N,).
+        labels: int32 (N,).
+        ids: the examples' ids, int32 (N,).
+        pad_id: the token that fills up a row.
+    """
+
+    tokens: np.ndarray
+    segments: np.ndarray
+    lengths: np.ndarray
+    labels: np.ndarray
+    ids: np.ndarray
+    pad_id: int
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @functools.cached_property
+    def starts(self) -> np.ndarray:
+        """Where each row begins in tokens and segments."""
+        return np.concatenate([[0], np.cumsum(self.lengths)[:-1]])
+
+
+def encode(
+    examples: Iterable[Example],
+    tokenizer: tokenizers.Tokenizer,
+    max_length: int,
+    *,
+    num_labels: int | None = None,
+) -> Encoded:
+    """Tokenises every example, cutting the longer text first where a row exceeds `max_length`.
+
+    Args:
+        examples: the examples of a split.
+        tokenizer: is left unchanged.
+        max_length: tokens a row may have, special tokens included.
+        num_labels: labels must be below it; without it, they must not be negative.
+
+    Raises:
+        ValueError: a label is out of range, there are no examples, or the tokenizer has no [PAD].
+    """
+    cutting = copy.deepcopy(tokenizer)
+    cutting.no_padding()
+    cutting.enable_truncation(max_length)
+    tokens, segments, lengths, labels, ids = [], [], [], [], []
+    remaining = iter(examples)
+    while chunk := list(itertools.islice(remaining, _CHUNK)):
+        rows = cutting.encode_batch([e.texts if len(e.texts) > 1 else e.texts[0] for e in chunk])
+        tokens.append(np.fromiter(itertools.chain.from_iterable(r.ids for r in rows), np.int32))
+        segments.append(
+            np.fromiter(itertools.chain.from_iterable(r.type_ids for r in rows), np.int32)
+        )
+        lengths += [len(row.ids) for row in rows]
+        labels += [example.label for example in chunk]
+        ids += [example.id for example in chunk]
+    if not lengths:
+        raise ValueError("there are no examples to encode; is the split empty?")
+    _check_labels(labels, ids, num_labels)
+    return Encoded(
+        np.concatenate(tokens),
+        np.concatenate(segments),
+        np.array(lengths),
+        np.array(labels, np.int32),
+        np.array(ids, np.int32),
+        _pad_id(tokenizer),
+    )
+
+
+def _check_labels(labels: list[int], ids: list[int], num_labels: int | None) -> None:
+    limit = max(labels) + 1 if num_labels is None else num_labels
+    for label, example_id in zip(labels, ids, strict=True):
+        check_label(label, max(limit, 1), f"example {example_id}")
+
+
+def _pad_id(tokenizer: tokenizers.Tokenizer) -> int:
+    if tokenizer.padding is not None:
+        return tokenizer.padding["pad_id"]
+    pad_id = tokenizer.token_to_id("[PAD]")
+    if pad_id is None:
+        raise ValueError(
+            "the tokenizer has no [PAD] token; "
+            "name another one with tokenizer.enable_padding(pad_id=...)"
+        )
+    return pad_id
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Batches:
+    """A random-access source of batches: one step of one process at a time.
+
+    Attributes:
+        encoded: the rows.
+        batch_size: rows of a batch over all processes.
+        buckets: the lengths a batch may have, ascending.
+        seed: draws the order of every epoch; None keeps the rows sorted by length.
+        epochs: how often every row comes.
+        process_index: which share of every batch's rows is this process's.
+        process_count: shares a batch is cut into.
+    """
+
+    encoded: Encoded
+    batch_size: int
+    buckets: Sequence[int]
+    seed: int | None
+    epochs: int
+    process_index: int
+    process_count: int
+
+    def __post_init__(self):
+        _check_sizes(self)
+
+    @property
+    def per_epoch(self) -> int:
+        """Batches in an epoch."""
+        return -(-len(self.encoded) // self.batch_size)
+
+    def __len__(self) -> int:
+        return self.per_epoch * self.epochs
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        epoch, index = divmod(range(len(self))[step], self.per_epoch)
+        rows = self._order(epoch)[index]
+        length = self._bucket(int(self.encoded.lengths[rows].max()))
+        share = self.batch_size // self.process_count
+        mine = rows[share * self.process_index : share * (self.process_index + 1)]
+        return _batch(self.encoded, mine, share, length)
+
+    def _bucket(self, longest: int) -> int:
+        return next(bucket for bucket in self.buckets if bucket >= longest)
+
+    def _order(self, epoch: int) -> list[np.ndarray]:
+        return _epoch_order(self, 0 if self.seed is None else epoch)
+
+
+@functools.lru_cache(maxsize=4)
+def _epoch_order(batches: Batches, epoch: int) -> list[np.ndarray]:
+    """The rows of every batch of one epoch; kept, since neighbouring steps ask for it again."""
+    lengths, size = batches.encoded.lengths, batches.batch_size
+    cuts = range(size, len(lengths), size)
+    if batches.seed is None:
+        return np.split(np.argsort(lengths, kind="stable"), cuts)
+    rng = np.random.Generator(np.random.PCG64([batches.seed, epoch]))
+    rows = rng.permutation(len(lengths))
+    windows = np.split(rows, range(size * WINDOW, len(rows), size * WINDOW))
+    rows = np.concatenate([rows[np.argsort(lengths[rows], kind="stable")] for rows in windows])
+    cut = np.split(rows, cuts)
+    return [cut[i] for i in rng.permutation(len(cut))]
+
+
+def _batch(encoded: Encoded, rows: np.ndarray, size: int, length: int) -> dict[str, np.ndarray]:
+    """The rows as arrays (size, length); rows beyond them are masked and weigh 0."""
+    filled = len(rows)
+    starts, lengths = encoded.starts[rows], encoded.lengths[rows]
+    columns = np.arange(length)
+    mask = np.zeros((size, length), bool)
+    mask[:filled] = columns[None, :] < lengths[:, None]
+    source = (starts[:, None] + columns[None, :])[mask[:filled]]
+    batch = {
+        "tokens": np.full((size, length), encoded.pad_id, np.int32),
+        "segments": np.zeros((size, length), np.int32),
+        "mask": mask,
+        "labels": np.zeros(size, np.int32),
+        "weights": np.zeros(size, np.float32),
+        "ids": np.full(size, -1, np.int32),
+    }
+    batch["tokens"][mask] = encoded.tokens[source]
+    batch["segments"][mask] = encoded.segments[source]
+    batch["labels"][:filled] = encoded.labels[rows]
+    batch["weights"][:filled] = 1.0
+    batch["ids"][:filled] = encoded.ids[rows]
+    return batch
+
+
+def train_batches(
+    encoded: Encoded,
+    batch_size: int,
+    *,
+    seed: int,
+    epochs: int,
+    buckets: Sequence[int] = BUCKETS,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.MapDataset:
+    """All batches of a run: `ds[step]` is the batch of that step, `len(ds)` the number of steps.
+
+    `iter(ds.to_iter_dataset())` gives an iterator whose state can be saved and set again.
+
+    Args:
+        encoded: the rows.
+        batch_size: rows of a batch over all processes.
+        seed: draws the order; the same seed gives the same batches bit for bit.
+        epochs: how often every row comes.
+        buckets: lengths a batch may have, ascending.
+        process_index: which process this is.
+        process_count: processes that share every batch; it divides `batch_size`.
+
+    Returns:
+        Batches of "tokens", "segments" int32 (B, T), "mask" bool (B, T), "labels" int32 (B,),
+        "weights" float32 (B,), 0 for a row that is no example, and "ids" int32 (B,), there -1.
+
+    Raises:
+        ValueError: a size is not positive, or a row is longer than the last bucket.
+    """
+    source = Batches(
+        encoded, batch_size, tuple(buckets), seed, epochs, process_index, process_count
+    )
+    return grain.MapDataset.source(source)
+
+
+def eval_batches(
+    encoded: Encoded,
+    batch_size: int,
+    *,
+    buckets: Sequence[int] = BUCKETS,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.MapDataset:
+    """Every row once, sorted by length; batches as in `train_batches`."""
+    source = Batches(encoded, batch_size, tuple(buckets), None, 1, process_index, process_count)
+    return grain.MapDataset.source(source)
+
+
+def _check_sizes(batches: Batches) -> None:
+    for name in ("batch_size", "epochs", "process_count"):
+        if getattr(batches, name) < 1:
+            raise ValueError(f"{name} is {getattr(batches, name)}; it must be at least 1")
+    if batches.batch_size % batches.process_count:
+        raise ValueError(
+            f"batch_size {batches.batch_size} cannot be shared by {batches.process_count} "
+            "processes; make it a multiple of them"
+        )
+    if not 0 <= batches.process_index < batches.process_count:
+        raise ValueError(
+            f"process_index {batches.process_index} is not in 0..{batches.process_count - 1}"
+        )
+    if list(batches.buckets) != sorted(set(batches.buckets)) or not batches.buckets:
+        raise ValueError(f"buckets {batches.buckets} must be ascending lengths, at least one")
+    longest = int(batches.encoded.lengths.max())
+    if longest > batches.buckets[-1]:
+        raise ValueError(
+            f"a row has {longest} tokens, the longest bucket holds {batches.buckets[-1]}; "
+            f"encode with max_length <= {batches.buckets[-1]} or add a longer bucket"
+        )

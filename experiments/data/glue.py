@@ -1,0 +1,101 @@
+"""GLUE through TFDS's random-access data sources: array_record files, read without TensorFlow."""
+
+import pathlib
+from collections.abc import Iterator, Sequence
+
+from experiments.data.task import Example, Splits, Task
+
+_PAIR = ("sentence1", "sentence2")
+_ENTAILMENT = ("entailment", "not_entailment")
+
+# Label names in TFDS's order; MNLI's third label is checked against the features when it is read.
+TASKS = (
+    Task("cola", ("sentence",), ("unacceptable", "acceptable"), "matthews"),
+    Task("sst2", ("sentence",), ("negative", "positive"), "accuracy"),
+    Task("mrpc", _PAIR, ("not_equivalent", "equivalent"), "f1"),
+    Task("rte", _PAIR, _ENTAILMENT, "accuracy"),
+    Task("qnli", ("question", "sentence"), _ENTAILMENT, "accuracy"),
+    Task("mnli", ("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), "accuracy"),
+)
+VALIDATION = {"mnli": "validation_matched"}  # as in the paper's table
+
+
+class GlueSplit(Sequence):
+    """One split, decoded row by row as it is asked for; every label is checked."""
+
+    def __init__(self, task: Task, source):
+        """Binds the task to a TFDS data source of one of its splits."""
+        self.task = task
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Example:
+        index = range(len(self))[index]  # negative indices; IndexError beyond the end
+        return self._example(self._source[index], index)
+
+    def __iter__(self) -> Iterator[Example]:
+        for start in range(0, len(self), 1024):  # one read for many rows
+            rows = range(start, min(start + 1024, len(self)))
+            yield from map(self._example, self._source.__getitems__(rows), rows)
+
+    def _example(self, row: dict, index: int) -> Example:
+        texts = tuple(row[field].decode() for field in self.task.fields)
+        return self.task.example(texts, int(row["label"]), index)
+
+
+def load(task: Task, data_dir: str | pathlib.Path | None = None) -> Splits:
+    """The train and validation splits (MNLI: matched).
+
+    Raises:
+        FileNotFoundError: `data_dir` is given and does not hold the task.
+        OSError: no `data_dir`, and the download failed.
+        ValueError: the data's labels are not the task's.
+    """
+    builder = _downloaded(task) if data_dir is None else _prepared(task, pathlib.Path(data_dir))
+    _check_labels(task, builder.info.features["label"].names)
+    names = ("train", VALIDATION.get(task.name, "validation"))
+    return Splits(*(GlueSplit(task, builder.as_data_source(split=name)) for name in names))
+
+
+def _prepared(task: Task, data_dir: pathlib.Path):
+    """The builder of a task that lies under data_dir/glue/<task>/<version>."""
+    data_dir = data_dir.expanduser()
+    folder = data_dir / "glue" / task.name
+    versions = sorted(folder.glob("*/dataset_info.json"))
+    if not versions:
+        there = sorted(
+            path.parent.parent.name for path in data_dir.glob("glue/*/*/dataset_info.json")
+        )
+        raise FileNotFoundError(
+            f"no {task.name} in {data_dir}: expected {folder}/<version>/dataset_info.json; "
+            f"{'prepared there: ' + ', '.join(there) if there else 'no GLUE task is there'}. "
+            f"Prepare it on a connected machine (leave --data-dir out) or name TFDS's own folder"
+        )
+    import tensorflow_datasets as tfds  # seconds to import: only where GLUE is asked for
+
+    return tfds.builder_from_directory(versions[-1].parent)
+
+
+def _downloaded(task: Task):
+    """The builder in TFDS's default folder, after preparing it if that was not done before."""
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder(f"glue/{task.name}", file_format="array_record")
+        builder.download_and_prepare()
+    except Exception as error:  # TFDS wraps network errors in many types of its own
+        raise OSError(
+            f"glue/{task.name} is not in TFDS's folder and could not be downloaded ({error}); "
+            "without a network, pass --data-dir with prepared data, or use --task pydoc"
+        ) from error
+    return builder
+
+
+def _check_labels(task: Task, found: Sequence[str]) -> None:
+    if tuple(found) != task.labels:
+        raise ValueError(
+            f"glue/{task.name} has the labels {tuple(found)}, expected {task.labels}; "
+            "prepare it again with a current tensorflow-datasets"
+        )
