@@ -1,0 +1,187 @@
+"""A run folder that a SIGKILL at any moment leaves whole: each file is there or not, never half.
+
+    config.json        the run's configuration, written first: the folder belongs to it alone
+    checkpoints/<step> Orbax: trainable parameters and optimizer state; JSON: position in the data,
+                       losses, evaluations and seconds so far
+    final.safetensors  the trained parameters
+    result.json        the result, written last: a folder that has it is complete
+
+The frozen base is not saved: the model's package and the seed give it back. Nor is a random key:
+every step derives its own from (seed, step). `results.jsonl` beside the run folders is made anew
+from their result.json files, so a line can be neither cut nor doubled.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+import safetensors.numpy
+
+from experiments.config import RunConfig
+
+CONFIG, FINAL, RESULT, CHECKPOINTS = (
+    "config.json",
+    "final.safetensors",
+    "result.json",
+    "checkpoints",
+)
+KEPT = 2  # the last checkpoint, and the one before while it is written
+_TEMPORARY = ".partial"
+
+
+@contextlib.contextmanager
+def explained(what: str, path: pathlib.Path) -> Iterator[None]:
+    """Turns a failed write into an OSError that says what, where and what to do.
+
+    Orbax reports most of them as ValueErrors with the operating system's words at the end.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        text = str(error)
+        if isinstance(error, ValueError) and "os_error_code" not in text:
+            raise
+        number = getattr(error, "errno", None) or errno.EIO
+        reason = os.strerror(number) if number != errno.EIO else text.rsplit(":", 1)[-1].strip()
+        raise OSError(
+            number,
+            f"could not write {what} ({reason}); what was there before is intact. Make room, or "
+            "choose another --out, and give the same command again: it goes on from there",
+            str(path),
+        ) from error
+
+
+def write_atomic(path: pathlib.Path, data: bytes, what: str) -> None:
+    """Replaces `path` by `data`: a reader, a crash or a full disk never sees a part of it."""
+    temporary = path.with_name(path.name + _TEMPORARY)
+    with explained(what, path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: pathlib.Path, value: Any, what: str) -> None:
+    """Writes one line of JSON atomically; NaN and infinity are refused, JSON has none."""
+    write_atomic(path, (json.dumps(value, allow_nan=False) + "\n").encode(), what)
+
+
+@contextlib.contextmanager
+def locked(folder: pathlib.Path, *, wait: bool = False) -> Iterator[None]:
+    """Holds `folder` for this process; the system lets go of it when the process ends, however."""
+    with explained("the lock of the folder", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")  # noqa: SIM115 (closed below)
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            raise ValueError(
+                f"{folder} is in use by another process; wait for it, or choose another --out"
+            ) from error
+        yield
+
+
+def claim(folder: pathlib.Path, run: RunConfig) -> None:
+    """Makes `folder` the run's; a ValueError if it belongs to another configuration."""
+    wanted = dataclasses.asdict(run)
+    path = folder / CONFIG
+    if not path.exists():
+        write_json(path, wanted, "the run's configuration")
+        return
+    found = json.loads(path.read_text())
+    differing = [
+        f"{name}: {found.get(name, 'absent')!r} there, {wanted.get(name, 'absent')!r} asked for"
+        for name in sorted(found.keys() | wanted.keys())
+        if found.get(name) != wanted.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"{folder} holds a run of another configuration ({'; '.join(differing)}). Give the "
+            "same options to go on with it, choose another --out, or delete the folder"
+        )
+
+
+class Checkpoints:
+    """The checkpoints of one run folder."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.path = folder.absolute() / CHECKPOINTS
+        with explained("the folder of the checkpoints", self.path):
+            self._remove_unfinished()
+            self._manager = ocp.CheckpointManager(
+                self.path,
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=KEPT, enable_async_checkpointing=False
+                ),
+            )
+
+    def _remove_unfinished(self) -> None:
+        for left in self.path.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(left)
+
+    def save(self, step: int, arrays: Any, progress: dict) -> None:
+        """Saves `arrays` (a pytree) and `progress` (JSON) after `step` steps; returns when done."""
+        items = ocp.args.Composite(
+            arrays=ocp.args.StandardSave(arrays), progress=ocp.args.JsonSave(progress)
+        )
+        try:
+            with explained(f"the checkpoint of step {step}", self.path):
+                self._manager.save(step, args=items)
+        except OSError:
+            self._remove_unfinished()
+            raise
+
+    def restore(self, like: Any) -> tuple[Any, dict] | None:
+        """(arrays, progress) of the last checkpoint, shaped like `like`; None if there is none."""
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        items = ocp.args.Composite(
+            arrays=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore()
+        )
+        restored = self._manager.restore(step, args=items)
+        return restored.arrays, restored.progress
+
+    def close(self) -> None:
+        """Lets go of the folder."""
+        self._manager.close()
+
+
+def read_result(folder: pathlib.Path) -> dict | None:
+    """The result of a complete run; None if it is not complete."""
+    path = folder / RESULT
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def finish(folder: pathlib.Path, parameters: dict[str, Any], result: dict) -> None:
+    """Writes the parameters, then the result, then removes the checkpoints, no longer needed."""
+    data = safetensors.numpy.save(parameters)
+    write_atomic(folder / FINAL, data, "the trained parameters")
+    write_json(folder / RESULT, result, "the run's result")
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+
+
+def collect(out: pathlib.Path) -> pathlib.Path:
+    """Makes <out>/results.jsonl anew: one line per complete run, in the order of their folders."""
+    path = out / "results.jsonl"
+    with locked(out, wait=True):  # another command may share --out
+        lines = [found.read_text() for found in sorted(out.glob(f"*/{RESULT}"))]
+        write_atomic(path, "".join(lines).encode(), "the results")
+    return path

@@ -1,0 +1,198 @@
+"""Fine-tunes an encoder by several methods: python -m experiments.finetune --methods full,lora
+
+Every run, a method with a learning rate and a seed, has a folder under --out. A run that was killed
+goes on from its last checkpoint and ends with the same parameters bit for bit; one that is complete
+is only reported.
+"""
+
+import dataclasses
+import pathlib
+import resource
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+import rich.console
+import tyro
+from flax import nnx
+
+from experiments import (
+    checkpoint,
+    config,
+    data,
+    methods,
+    models,
+    plots,
+    prepare,
+    progress,
+    report,
+    train,
+)
+from experiments.config import Command, RunConfig
+from experiments.provenance import provenance
+from experiments.summary import summarise
+
+CURVE_POINTS = 200  # of the loss curve in a result
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status, 1 if a run could not be finished."""
+    command = tyro.cli(
+        Command,
+        args=argv,
+        prog="python -m experiments.finetune",
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    console = rich.console.Console()
+    if not console.is_terminal:
+        console = rich.console.Console(width=140)  # a pipe has no width; 80 would cut the table
+    try:
+        failed = compare(command, console)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 1 if failed else 0
+
+
+def compare(command: Command, console: rich.console.Console) -> int:
+    """Makes every run of the command, then the table and the plots; returns how many diverged."""
+    grid = checked_runs(command)
+    results, failed = [], 0
+    for number, run in enumerate(grid, 1):
+        title = f"[{number}/{len(grid)}] {run.folder_name}"
+        try:
+            results.append(run_or_read(run, command, console, title))
+        except FloatingPointError as error:
+            failed += 1
+            print(f"error: {run.folder_name} stopped: {error}", file=sys.stderr)
+    if results:
+        path = checkpoint.collect(command.out)
+        rows = summarise(results)
+        console.print(report.rich_table(rows))
+        for made in (path, *plots.draw(rows, command.out)):
+            console.print(f"wrote {made}", highlight=False, soft_wrap=True)
+    return failed
+
+
+def checked_runs(command: Command) -> list[RunConfig]:
+    """The command's runs, once every name and number in them is known to be good."""
+    for name in command.methods:
+        methods.get(name)
+    config.one_of("model", command.model, models.MODELS)
+    data.get(command.task)
+    return config.runs(command)
+
+
+def run_or_read(
+    run: RunConfig, command: Command, console: rich.console.Console, title: str
+) -> dict[str, Any]:
+    """The result of a run: read if it is complete, else trained, from a checkpoint if any."""
+    folder = command.out / run.folder_name
+    with checkpoint.locked(folder):
+        checkpoint.claim(folder, run)
+        if (result := checkpoint.read_result(folder)) is not None:
+            console.print(f"{title}: complete, nothing to do ({folder})", soft_wrap=True)
+            return result
+        return train_run(run, command, folder, console, title)
+
+
+def train_run(
+    run: RunConfig,
+    command: Command,
+    folder: pathlib.Path,
+    console: rich.console.Console,
+    title: str,
+) -> dict[str, Any]:
+    """Trains one run and leaves its folder complete."""
+    loaded = prepare.load_data(run, command.data_dir)
+    setup, params = prepare.build(run, loaded)
+    sizes = sizes_of(setup, params)
+    saved = checkpoint.Checkpoints(folder)
+    with progress.shown(console, title, len(setup.batches), run.batch_size) as observe:
+        params, history = train.train(
+            setup,
+            params,
+            saved,
+            checkpoint_every=command.checkpoint_every,
+            diagnose_every=command.diagnose_every,
+            observe=observe,
+        )
+    saved.close()
+    result = summary(run, loaded, history) | sizes | peak_memory() | {"provenance": provenance()}
+    checkpoint.finish(folder, named_arrays(params), result)
+    scores = ", ".join(f"{k} {v:.4f}" for k, v in result["final"].items())
+    console.print(f"{title}: {scores}", highlight=False, soft_wrap=True)
+    return result
+
+
+def sizes_of(setup: train.Setup, params: nnx.State) -> dict[str, int]:
+    """Parameters and bytes of what trains, of the optimizer's state and of what is frozen."""
+    state = jax.eval_shape(setup.tx.init, params)
+    return {
+        "trainable_parameters": sum(x.size for x in jax.tree.leaves(params)),
+        "trainable_bytes": _bytes(params),
+        "optimizer_state_bytes": _bytes(state),
+        "frozen_bytes": _bytes(setup.frozen),
+    }
+
+
+def _bytes(tree) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def peak_memory() -> dict[str, Any]:
+    """The largest memory of the process so far, earlier runs in it included, and what it is of."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return {
+            "process_peak_bytes": int(stats["peak_bytes_in_use"]),
+            "process_peak_of": "device memory in use, highest of the process so far",
+        }
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {
+        "process_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+        "process_peak_of": "resident memory, highest of the process so far",
+    }
+
+
+def summary(run: RunConfig, loaded: prepare.Data, history: train.History) -> dict[str, Any]:
+    """What a finished run measured, ready for JSON."""
+    final = {k: v for k, v in history.evaluations[-1].items() if k != "step"}
+    examples = run.epochs * len(loaded.train)
+    return {
+        "kind": "finetune",
+        "config": dataclasses.asdict(run),
+        "metric": data.get(run.task).metric,
+        "final": final,
+        "train_examples": len(loaded.train),
+        "train_examples_available": loaded.available,
+        "eval_examples": len(loaded.validation),
+        "steps": len(history.losses),
+        "examples_per_second": examples / history.seconds["train"],
+        "wall_seconds": sum(history.seconds.values()),
+        "seconds": history.seconds,
+        "step_memory_bytes": history.step_memory_bytes,
+        "evaluations": history.evaluations,
+        "diagnostics": history.diagnostics,
+        "losses": thinned(history.losses, CURVE_POINTS),
+    }
+
+
+def thinned(losses: list[float], points: int) -> list[list[float]]:
+    """[last step, mean loss] of at most `points` equal stretches."""
+    stretches = np.array_split(np.arange(len(losses)), min(points, len(losses)))
+    return [[int(s[-1]) + 1, float(np.mean([losses[i] for i in s]))] for s in stretches]
+
+
+def named_arrays(params: nnx.State) -> dict[str, np.ndarray]:
+    """The leaves as numpy arrays under their paths, for safetensors."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.ascontiguousarray(leaf)
+        for path, leaf in leaves
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

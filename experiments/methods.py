@@ -1,0 +1,125 @@
+"""The methods that are compared: which parameters train, and by which optimizer.
+
+A method splits a model into what it trains and what it only reads. Gradients are taken of the first
+part alone, so the frozen base costs neither weight gradients nor optimizer state.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+import lorapro_jax as lp
+from experiments import models
+from experiments.config import RunConfig, one_of
+
+HEAD = r"head/.*"  # fresh, so that the LoRA methods train it too
+
+Optimizer = Callable[[RunConfig, optax.Schedule], optax.GradientTransformation]
+
+
+class Method(NamedTuple):
+    """How one method trains."""
+
+    adapted: bool  # adapters and the head train; otherwise every parameter does
+    optimizer: Optimizer  # of the adapters; or of every parameter
+
+
+def _adamw(run: RunConfig, rate: optax.Schedule) -> optax.GradientTransformation:
+    return optax.adamw(rate, b1=run.b1, b2=run.b2, eps=run.eps, weight_decay=run.weight_decay)
+
+
+def _lorapro(run: RunConfig, rate: optax.Schedule, mode: str) -> optax.GradientTransformation:
+    return lp.lorapro_adamw(
+        rate,
+        run.scale,
+        mode=mode,
+        b1=run.b1,
+        b2=run.b2,
+        eps=run.eps,
+        weight_decay=run.weight_decay,
+    )
+
+
+METHODS: dict[str, Method] = {
+    "full": Method(False, _adamw),
+    "lora": Method(True, _adamw),
+    "lorapro-full": Method(True, functools.partial(_lorapro, mode="full")),
+    "lorapro-efficient": Method(True, functools.partial(_lorapro, mode="efficient")),
+}
+
+
+def get(name: str) -> Method:
+    """The named method; a ValueError with the near misses if there is none of that name."""
+    return METHODS[one_of("method", name, METHODS)]
+
+
+def schedule(peak: float, warmup_ratio: float, steps: int) -> optax.Schedule:
+    """Linear from 0 to `peak` over the warm-up, then a cosine to 0 at the last of `steps`."""
+    warmup = min(math.ceil(warmup_ratio * steps), steps - 1)
+    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps)
+
+
+def optimizer(run: RunConfig, steps: int) -> optax.GradientTransformation:
+    """Global-norm clipping of the raw gradients, then the method's rule."""
+    method = get(run.method)
+    tx = method.optimizer(run, schedule(run.learning_rate, run.warmup_ratio, steps))
+    if method.adapted:
+        peak = run.head_learning_rate or run.learning_rate
+        head_tx = _adamw(run, schedule(peak, run.warmup_ratio, steps))
+        tx = lp.freeze_base(tx, extra={HEAD: head_tx})
+    return optax.chain(optax.clip_by_global_norm(run.clip_norm), tx) if run.clip_norm else tx
+
+
+def split(
+    model: nnx.Module, run: RunConfig, rngs: nnx.Rngs
+) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """(graph, what trains, the rest) of `model`, which gains adapters if the method uses them."""
+    trains = nnx.Param
+    if get(run.method).adapted:
+        lp.nnx.add_lora(
+            model,
+            rank=run.rank,
+            alpha=run.alpha,
+            targets=models.ADAPTED,
+            rslora=run.rslora,
+            dropout=run.dropout,
+            rngs=rngs,
+        )
+        trains = nnx.Any(nnx.LoRAParam, nnx.All(nnx.Param, _in_head))
+    graph, trainable, rest = nnx.split(model, trains, ...)
+    return graph, nnx.as_pure(trainable), nnx.as_pure(rest)
+
+
+def diagnosis(run: RunConfig) -> Callable[..., dict[str, jax.Array]] | None:
+    """measure(params, grads, updates) -> means over the pairs; None for a method without pairs.
+
+    Each is the cosine between a step of the full weight and the part of the full gradient that the
+    adapters can reach: LoRA's gradient step, LoRA-Pro's, and the step the optimizer takes.
+    """
+    if not get(run.method).adapted:
+        return None
+
+    def measure(params, grads, updates) -> dict[str, jax.Array]:
+        projected = lp.diagnose(params, grads, run.scale).values()
+        taken = lp.diagnose(params, grads, run.scale, updates=updates).values()
+        return {
+            "lora_cosine": _mean(pair.lora_cosine for pair in projected),
+            "lorapro_cosine": _mean(pair.cosine for pair in projected),
+            "step_cosine": _mean(pair.cosine for pair in taken),
+        }
+
+    return measure
+
+
+def _mean(values: Iterable[jax.Array]) -> jax.Array:
+    return jnp.mean(jnp.stack(list(values)))
+
+
+def _in_head(path: tuple, _) -> bool:
+    return path[0] == "head"

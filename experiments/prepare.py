@@ -1,0 +1,88 @@
+"""A run's data, model and optimizer, made from its configuration alone: the same at every start."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from experiments import data, methods, models, train
+from experiments.config import RunConfig
+from experiments.data.batching import BUCKETS
+
+EVAL_BATCH = 64
+DATA_SEED = 0  # draws the task and the validation subset: the same for every run
+
+
+class Data(NamedTuple):
+    """A task's examples, tokenised."""
+
+    train: data.Encoded
+    validation: data.Encoded
+    available: int  # training examples before --train-examples
+
+
+def load_data(run: RunConfig, data_dir: str | None) -> Data:
+    """The run's examples; those of the last few runs are kept."""
+    seed = run.seed if run.train_examples else 0
+    return _load_data(
+        run.task, data_dir, run.model, run.max_length, run.train_examples, run.eval_examples, seed
+    )
+
+
+@functools.lru_cache(maxsize=2)
+def _load_data(task, data_dir, model, max_length, train_examples, eval_examples, seed) -> Data:
+    splits = data.load(task, data_dir=data_dir, seed=DATA_SEED)
+    tokenizer = models.MODELS[model][1]()
+    labels = len(data.get(task).labels)
+
+    def encoded(split, count: int, seed: int) -> data.Encoded:
+        rows = subset(len(split), count, seed)
+        return data.encode((split[i] for i in rows), tokenizer, max_length, num_labels=labels)
+
+    return Data(
+        encoded(splits.train, train_examples, seed),
+        encoded(splits.validation, eval_examples, DATA_SEED),
+        len(splits.train),
+    )
+
+
+def subset(available: int, count: int, seed: int) -> list[int]:
+    """`count` of `available` rows drawn by `seed`, in order; all of them for 0."""
+    if count > available:
+        raise ValueError(
+            f"{count} examples asked for, the split has {available}; ask for fewer, or 0 for all"
+        )
+    if count == 0:
+        return list(range(available))
+    return sorted(np.random.default_rng(seed).permutation(available)[:count].tolist())
+
+
+def build(run: RunConfig, loaded: Data) -> tuple[train.Setup, nnx.State]:
+    """The run's setup and initial trainable parameters, all from its configuration."""
+    rngs = nnx.Rngs(run.seed)
+    load_model, _ = models.MODELS[run.model]
+    model = load_model(
+        len(data.get(run.task).labels),
+        rngs=rngs,
+        dropout=run.dropout,
+        dtype=jnp.dtype(run.dtype),
+    )
+    graph, params, frozen = methods.split(model, run, rngs)
+    buckets = (*(b for b in BUCKETS if b < run.max_length), run.max_length)
+    batches = data.train_batches(
+        loaded.train, run.batch_size, seed=run.seed, epochs=run.epochs, buckets=buckets
+    )
+    setup = train.Setup(
+        graph=graph,
+        frozen=frozen,
+        tx=methods.optimizer(run, len(batches)),
+        key=jax.random.key(run.seed),
+        batches=batches,
+        evaluation=data.eval_batches(loaded.validation, EVAL_BATCH, buckets=buckets),
+        epochs=run.epochs,
+        diagnose=methods.diagnosis(run),
+    )
+    return setup, params

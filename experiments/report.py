@@ -1,0 +1,193 @@
+"""Results to a table and plots: python -m experiments.report writes them into README.md.
+
+Reads experiments/results/*.jsonl, one line per run; groups the runs that differ in their seed only;
+gives mean ± sample standard deviation over n seeds, and the best rate of every method in bold.
+"""
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import rich.box
+import rich.table
+import tyro
+
+from experiments import plots
+from experiments.checkpoint import write_atomic
+from experiments.summary import SCORES, Row, best_rows, read, summarise
+
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+# What has a column, a row or a note of its own; the rest is noted where rows differ in it.
+_SHOWN = {"task", "model", "method", "learning_rate", "seed", "epochs", "train_examples"}
+
+
+def spread(row: Row, name: str) -> str:
+    """Mean ± std; the mean alone for one seed."""
+    text = f"{row.mean[name]:.4f}"
+    return f"{text} ± {row.std[name]:.4f}" if row.n > 1 else text
+
+
+def _cells(row: Row) -> list[str]:
+    record = row.records[0]
+    return [
+        row.task,
+        row.method,
+        f"{row.learning_rate:g}",
+        str(row.n),
+        *(spread(row, name) for name in SCORES),
+        f"{record['trainable_parameters']:,}",
+        f"{record['optimizer_state_bytes'] / 1e6:.2f}",
+        f"{record['step_memory_bytes'] / 1e6:.0f}",
+        f"{row.mean['examples_per_second']:.0f}",
+        f"{row.mean['wall_seconds']:.0f}",
+    ]
+
+
+_HEADINGS = [
+    "task",
+    "method",
+    "learning rate",
+    "n",
+    "accuracy",
+    "F1",
+    "Matthews",
+    "loss",
+    "trained parameters",
+    "optimizer state (MB)",
+    "step memory (MB)",
+    "examples/s",
+    "time (s)",
+]
+
+
+def rich_table(rows: Sequence[Row]) -> rich.table.Table:
+    """The rows for a terminal: short headings, the best rate of every method in bold."""
+    about = ", ".join(_unique(f"{row.model} on {row.task}" for row in rows))
+    table = rich.table.Table(
+        title=f"{about}: validation scores, mean ± std over n seeds", box=rich.box.SIMPLE
+    )
+    table.add_column("method", no_wrap=True)
+    for heading in ("rate", "n", "accuracy", "F1", "Matthews", "loss"):
+        table.add_column(heading, justify="right")
+    for heading in ("trained", "state MB", "step MB", "ex./s", "s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    best = best_rows(rows)
+    several = len(best) < len(rows)
+    for row in rows:
+        bold = several and any(row is other for other in best)
+        table.add_row(*_cells(row)[1:], style="bold" if bold else None)
+    return table
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """The rows as Markdown, the best rate's headline metric of every method in bold."""
+    best = best_rows(rows)
+    lines = ["| " + " | ".join(_HEADINGS) + " |"]
+    lines.append("|" + "---|" * 2 + "---:|" * (len(_HEADINGS) - 2))
+    for row in sorted(rows, key=lambda row: (row.task, row.model)):
+        cells = _cells(row)
+        if any(row is other for other in best):
+            place = 4 + SCORES.index(row.metric)
+            cells[place] = f"**{cells[place]}**"
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def notes(rows: Sequence[Row]) -> str:
+    """What the table's numbers are of: data, epochs, machines, versions."""
+    lines = []
+    for task, model in sorted({(row.task, row.model) for row in rows}):
+        mine = [r for row in rows if (row.task, row.model) == (task, model) for r in row.records]
+        lines.append(f"- {task}, {model}: {'; '.join(_unique(map(_data, mine)))}.")
+    records = [record for row in rows for record in row.records]
+    lines += [
+        "- Bold: each method's learning rate with the highest headline metric (accuracy; "
+        "Matthews where the task's own is that). It is chosen on the validation split that is "
+        "reported, so it flatters every method alike.",
+        "- ± is the sample standard deviation over n seeds. Step memory is that of the largest "
+        "compiled step: parameters, optimizer state, batch and temporaries.",
+        f"- Measured on {'; '.join(_unique(map(_machine, records)))}.",
+    ]
+    if others := _other_differences(records):
+        lines.append(f"- The rows also differ in {', '.join(others)}.")
+    return "\n".join(lines)
+
+
+def _data(record: dict[str, Any]) -> str:
+    used, available = record["train_examples"], record["train_examples_available"]
+    epochs = record["config"]["epochs"]
+    share = f"all {used:,}" if used == available else f"{used:,} ({used / available:.0%})"
+    return (
+        f"{share} training examples, {epochs} epoch{'s' if epochs > 1 else ''}, "
+        f"{record['steps']:,} steps of {record['config']['batch_size']}, validated on "
+        f"{record['eval_examples']:,}; headline {record['metric']}"
+    )
+
+
+def _machine(record: dict[str, Any]) -> str:
+    p = record["provenance"]
+    device = p["cpu"] if p["platform"] == "cpu" else p["device"]
+    cores = f", {p['cpu_count']} cores" if p["platform"] == "cpu" else ""
+    commit = (p["commit"] or "no commit")[:8] + (" with changes" if p["dirty"] else "")
+    return f"{device}{cores}, jax {p['versions']['jax']}, commit {commit}"
+
+
+def _other_differences(records: list[dict[str, Any]]) -> list[str]:
+    names = [name for name in records[0]["config"] if name not in _SHOWN]
+    values = {name: _unique(str(r["config"].get(name)) for r in records) for name in names}
+    return [f"{name} ({', '.join(found)})" for name, found in values.items() if len(found) > 1]
+
+
+def _unique(values: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(values))
+
+
+def splice(text: str, section: str) -> str:
+    """`text` with what stands between the two markers replaced by `section`."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"expected one line {BEGIN} and, after it, one line {END} in the README")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n\n{section.strip()}\n\n{END}{rest.split(END)[1]}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Write the table and the plots of the results into the README."""
+
+    results: pathlib.Path = pathlib.Path("experiments/results")
+    """Folder of the *.jsonl files; the plots are written there."""
+    readme: pathlib.Path = pathlib.Path("README.md")
+    """File with the two markers."""
+
+
+def write(command: Report) -> list[pathlib.Path]:
+    """Writes the plots, then the README; returns what was written."""
+    rows = summarise(read(command.results))
+    text = command.readme.read_text()
+    splice(text, "")  # a README without markers is found out before anything is written
+    images = plots.draw(rows, command.results, prefix="finetune-")
+    links = [
+        f"![{alt}]({image.resolve().relative_to(command.readme.resolve().parent).as_posix()})"
+        for alt, image in zip(("training loss", "headline metric"), images, strict=True)
+    ]
+    section = "\n\n".join([markdown_table(rows), notes(rows), *links])
+    write_atomic(command.readme, splice(text, section).encode(), "the report")
+    return [command.readme, *images]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    command = tyro.cli(Report, args=argv, prog="python -m experiments.report")
+    try:
+        for path in write(command):
+            print(f"wrote {path}")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

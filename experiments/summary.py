@@ -1,0 +1,87 @@
+"""Results of runs, grouped: one row per configuration, mean and sample std over its seeds."""
+
+import json
+import pathlib
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+SCORES = ("accuracy", "f1", "matthews", "loss")
+
+
+class Row(NamedTuple):
+    """The runs of one configuration, over n seeds."""
+
+    task: str
+    model: str
+    method: str
+    learning_rate: float
+    metric: str  # the task's headline
+    n: int
+    mean: dict[str, float]  # of the final scores, "metric" among them
+    std: dict[str, float]  # sample standard deviation; 0 for n = 1
+    records: list[dict[str, Any]]
+
+
+def read(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """Every fine-tuning record in <folder>/*.jsonl; other records (benchmarks) are left alone."""
+    records: dict[str, tuple[str, dict]] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            where = f"{path}:{number}"
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where} is not JSON ({error}); remove the line") from error
+            if not isinstance(record, dict) or record.get("kind") != "finetune":
+                continue
+            key = json.dumps(record["config"], sort_keys=True)
+            if key in records:
+                raise ValueError(
+                    f"{where} has the configuration of {records[key][0]}, seed included; keep one"
+                )
+            records[key] = where, record
+    if not records:
+        raise ValueError(
+            f"{folder} holds no fine-tuning result; run python -m experiments.finetune and copy "
+            "its results.jsonl there"
+        )
+    return [record for _, record in records.values()]
+
+
+def summarise(records: Iterable[dict[str, Any]]) -> list[Row]:
+    """One row per configuration without its seed, in the order of first appearance."""
+    groups: dict[str, list[dict]] = {}
+    for record in records:
+        config = {k: v for k, v in record["config"].items() if k != "seed"}
+        groups.setdefault(json.dumps(config, sort_keys=True), []).append(record)
+    return [_row(group) for group in groups.values()]
+
+
+def _row(group: list[dict[str, Any]]) -> Row:
+    config, metric = group[0]["config"], group[0]["metric"]
+    values = {name: [record["final"][name] for record in group] for name in SCORES}
+    values["metric"] = values[metric]
+    for name in ("examples_per_second", "wall_seconds"):
+        values[name] = [record[name] for record in group]
+    return Row(
+        config["task"],
+        config["model"],
+        config["method"],
+        config["learning_rate"],
+        metric,
+        len(group),
+        {name: statistics.fmean(v) for name, v in values.items()},
+        {name: statistics.stdev(v) if len(v) > 1 else 0.0 for name, v in values.items()},
+        group,
+    )
+
+
+def best_rows(rows: Sequence[Row]) -> list[Row]:
+    """Per task, model and method, the row with the highest headline metric."""
+    best: dict[tuple, Row] = {}
+    for row in rows:
+        key = (row.task, row.model, row.method)
+        if key not in best or row.mean["metric"] > best[key].mean["metric"]:
+            best[key] = row
+    return list(best.values())
