@@ -124,7 +124,7 @@ def metric_bars(ax: Axes, rows: Sequence[Row]) -> None:
 def _cut_axis(ax: Axes, rows: Sequence[Row]) -> None:
     """Starts the axis a little under the lowest bar, and says so, where 0 would hide the gaps."""
     values = [row.mean["metric"] for row in rows]
-    low = min(values) - 0.5 * (max(values) - min(values)) - 0.02
+    low = min(values) - max(0.5 * (max(values) - min(values)), 0.05)
     if low > 0.2:
         ax.set_ylim(bottom=low)
         ax.set_ylabel(f"{rows[0].metric} (axis starts at {low:.2f})")

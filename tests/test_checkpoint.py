@@ -1,0 +1,161 @@
+"""Run folders: files whole or absent, checkpoints that come back bit for bit, a full disk."""
+
+import contextlib
+import dataclasses
+import json
+import resource
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import safetensors.numpy
+
+from experiments import checkpoint
+from experiments.checkpoint import Checkpoints
+from experiments.config import RunConfig
+
+RUN = RunConfig(method="lora", learning_rate=1e-4, seed=0, epochs=1)
+
+
+@contextlib.contextmanager
+def file_size_limit(size: int):
+    """The system refuses to let a file grow beyond `size`, as a full disk would."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def arrays(seed: int):
+    params = {"a": jax.random.normal(jax.random.key(seed), (300, 400), jnp.float32)}
+    return params, optax.adamw(1e-3).init(params)
+
+
+def assert_same(got, expected):
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y, strict=True), got, expected)
+
+
+def test_the_last_checkpoint_comes_back_bit_for_bit(tmp_path):
+    saved = Checkpoints(tmp_path)
+    assert saved.restore(arrays(0)) is None
+    progress = {"losses": [0.1 + 0.2, 1 / 3], "data": {"next_index": 2}}
+    for step in (1, 2, 3):
+        saved.save(step, arrays(step), progress | {"step": step})
+    saved.close()
+    again = Checkpoints(tmp_path)
+    got, found = again.restore(arrays(0))
+    again.close()
+    assert_same(got, arrays(3))
+    assert found == progress | {"step": 3}
+    kept = sorted(path.name for path in again.path.iterdir())
+    assert kept == ["2", "3"]
+
+
+def test_a_checkpoint_cut_short_by_a_kill_is_removed(tmp_path):
+    saved = Checkpoints(tmp_path)
+    saved.save(1, arrays(1), {})
+    saved.close()
+    (saved.path / "2.orbax-checkpoint-tmp").mkdir()
+    again = Checkpoints(tmp_path)
+    got, _ = again.restore(arrays(0))
+    again.close()
+    assert_same(got, arrays(1))
+    assert [path.name for path in again.path.iterdir()] == ["1"]
+
+
+@pytest.mark.parametrize("limit", [10, 100_000])  # in the first file, in the arrays
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, limit):
+    saved = Checkpoints(tmp_path)
+    saved.save(1, arrays(1), {})
+    with file_size_limit(limit), pytest.raises(OSError, match="checkpoint of step 2") as caught:
+        saved.save(2, arrays(2), {})
+    assert str(saved.path) in str(caught.value)
+    assert "Make room" in str(caught.value)
+    assert [path.name for path in saved.path.iterdir()] == ["1"]
+    saved.save(2, arrays(2), {})  # there is room again
+    got, _ = saved.restore(arrays(0))
+    saved.close()
+    assert_same(got, arrays(2))
+
+
+def test_a_full_disk_leaves_the_file_before(tmp_path):
+    path = tmp_path / "results.jsonl"
+    checkpoint.write_atomic(path, b"before\n", "the results")
+    with (
+        file_size_limit(100),
+        pytest.raises(OSError, match="could not write the results") as caught,
+    ):
+        checkpoint.write_atomic(path, b"x" * 1000, "the results")
+    assert str(path) in str(caught.value)
+    assert path.read_bytes() == b"before\n"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_value_that_json_lacks_writes_nothing(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        checkpoint.write_json(tmp_path / "x.json", {"loss": float("nan")}, "x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_configuration_is_refused_by_field(tmp_path):
+    checkpoint.claim(tmp_path, RUN)
+    checkpoint.claim(tmp_path, RUN)
+    other = dataclasses.replace(RUN, batch_size=64, rslora=True)
+    with pytest.raises(ValueError, match="another configuration") as caught:
+        checkpoint.claim(tmp_path, other)
+    text = str(caught.value)
+    assert "batch_size: 32 there, 64 asked for" in text
+    assert "rslora: False there, True asked for" in text
+    assert "rank" not in text
+    assert "--out" in text
+
+
+def test_a_folder_serves_one_process_at_a_time(tmp_path):
+    with (
+        checkpoint.locked(tmp_path),
+        pytest.raises(ValueError, match="another process"),
+        checkpoint.locked(tmp_path),
+    ):
+        pass
+    with checkpoint.locked(tmp_path):
+        pass
+
+
+def test_a_run_is_complete_only_once_its_result_is_written(tmp_path):
+    saved = Checkpoints(tmp_path)
+    saved.save(1, arrays(1), {})
+    saved.close()
+    parameters = {"a": np.arange(600, dtype=np.float32)}
+    result = {"final": {"accuracy": 0.5}, "text": "x" * 10_000}
+    with file_size_limit(5_000), pytest.raises(OSError, match="the run's result"):
+        checkpoint.finish(tmp_path, parameters, result)
+    assert checkpoint.read_result(tmp_path) is None
+    assert saved.path.exists()
+    checkpoint.finish(tmp_path, parameters, result)
+    assert checkpoint.read_result(tmp_path) == result
+    assert not saved.path.exists()
+    loaded = safetensors.numpy.load_file(tmp_path / checkpoint.FINAL)
+    np.testing.assert_array_equal(loaded["a"], parameters["a"])
+
+
+def test_collecting_twice_writes_every_line_once(tmp_path):
+    for name in ("b", "a"):
+        (tmp_path / name).mkdir()
+        checkpoint.write_json(tmp_path / name / checkpoint.RESULT, {"run": name}, "a result")
+    (tmp_path / "unfinished").mkdir()
+    for _ in range(2):
+        path = checkpoint.collect(tmp_path)
+    assert [json.loads(line)["run"] for line in path.read_text().splitlines()] == ["a", "b"]
+
+
+def test_errors_that_are_no_failed_writes_pass_unchanged(tmp_path):
+    with (
+        pytest.raises(ValueError, match=r"^something else$"),
+        checkpoint.explained("a file", tmp_path),
+    ):
+        raise ValueError("something else")

@@ -1,0 +1,162 @@
+"""The report: means and stds against numpy, the README outside the markers untouched."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from experiments import plots, report, summary
+from experiments.config import RunConfig
+
+PROVENANCE = {
+    "platform": "cpu",
+    "cpu": "A processor",
+    "cpu_count": 2,
+    "device": "cpu",
+    "versions": {"jax": "0.0"},
+    "commit": "0123456789",
+    "dirty": False,
+}
+
+
+def record(task="mrpc", method="lora", rate=1e-4, seed=0, accuracy=0.7, **other) -> dict:
+    run = RunConfig(task=task, method=method, learning_rate=rate, seed=seed, epochs=1)
+    curve = [[step, 1 / step] for step in range(1, 101)]
+    return {
+        "kind": "finetune",
+        "config": vars(run) | other,
+        "metric": "matthews" if task == "cola" else "accuracy",
+        "final": {"accuracy": accuracy, "f1": 0.6, "matthews": 0.5, "loss": 0.4},
+        "train_examples": 100,
+        "train_examples_available": 400,
+        "eval_examples": 50,
+        "steps": 100,
+        "examples_per_second": 10.0,
+        "wall_seconds": 60.0,
+        "trainable_parameters": 1234,
+        "optimizer_state_bytes": 9872,
+        "step_memory_bytes": 5_000_000,
+        "losses": curve,
+        "provenance": PROVENANCE,
+    }
+
+
+ACCURACIES = [0.71, 0.74, 0.72]
+
+
+@pytest.fixture
+def records():
+    return [record(rate=1e-3, seed=i, accuracy=x) for i, x in enumerate(ACCURACIES)] + [
+        record(rate=1e-4, accuracy=0.6),
+        record(method="full", accuracy=0.8),
+        record(task="cola", accuracy=0.9),
+    ]
+
+
+def test_seeds_are_summarised_by_mean_and_sample_std(records):
+    row = summary.summarise(records)[0]
+    assert row.n == 3
+    assert row.mean["accuracy"] == pytest.approx(np.mean(ACCURACIES))
+    assert row.std["accuracy"] == pytest.approx(np.std(ACCURACIES, ddof=1))
+    assert row.mean["metric"] == row.mean["accuracy"]
+
+
+def test_the_best_rate_is_chosen_by_the_headline_metric(records):
+    best = {(r.task, r.method): r.learning_rate for r in summary.best_rows(_rows(records))}
+    assert best == {("mrpc", "lora"): 1e-3, ("mrpc", "full"): 1e-4, ("cola", "lora"): 1e-4}
+
+
+def _rows(records):
+    return summary.summarise(records)
+
+
+def test_the_table_states_n_and_marks_the_best_rate_of_each_method(records):
+    lines = report.markdown_table(_rows(records)).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert len({len(row) for row in cells}) == 1
+    by_key = {tuple(row[:3]): row for row in cells}
+    assert by_key["mrpc", "lora", "0.001"][3:5] == ["3", "**0.7233 ± 0.0153**"]
+    assert by_key["mrpc", "lora", "0.0001"][3:5] == ["1", "0.6000"]
+    assert by_key["mrpc", "full", "0.0001"][4] == "**0.8000**"
+    assert by_key["cola", "lora", "0.0001"][4:7] == ["0.9000", "0.6000", "**0.5000**"]
+
+
+def test_the_notes_state_the_share_of_the_data_and_what_else_differs(records):
+    text = report.notes(_rows([*records, record(rate=1e-4, accuracy=0.5, batch_size=8)]))
+    assert "100 (25%) training examples, 1 epoch" in text
+    assert "batch_size (32, 8)" in text
+    assert "A processor, 2 cores, jax 0.0, commit 01234567" in text
+
+
+def test_only_what_stands_between_the_markers_is_replaced():
+    text = f"# A\n{report.BEGIN}\nold\n{report.END}\nrest\n"
+    once = report.splice(text, "new")
+    assert once.startswith("# A\n")
+    assert once.endswith(f"{report.END}\nrest\n")
+    assert "old" not in once
+    assert report.splice(once, "new") == once
+
+
+@pytest.mark.parametrize(
+    "text", ["", report.BEGIN, f"{report.END}\n{report.BEGIN}", f"{report.BEGIN}{report.END}" * 2]
+)
+def test_a_readme_without_its_markers_is_an_error(text):
+    with pytest.raises(ValueError, match="results:begin"):
+        report.splice(text, "new")
+
+
+def _write(folder, records, name="a.jsonl"):
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text("".join(json.dumps(r) + "\n" for r in records))
+
+
+def test_the_command_writes_table_and_plots_into_the_readme(tmp_path, records, capsys):
+    _write(tmp_path / "results", [*records, {"kind": "bench", "anything": 1}])
+    readme = tmp_path / "README.md"
+    readme.write_text(f"# A\n\n{report.BEGIN}\n{report.END}\n\n## B\n")
+    argv = ["--results", str(tmp_path / "results"), "--readme", str(readme)]
+    assert report.main(argv) == 0
+    text = readme.read_text()
+    assert "0.7233 ± 0.0153" in text
+    images = re.findall(r"!\[.+\]\((.+)\)", text)
+    assert len(images) == 2
+    for image in images:
+        assert (tmp_path / image).read_bytes().startswith(b"\x89PNG")
+    assert report.main(argv) == 0
+    assert readme.read_text() == text
+    assert "wrote" in capsys.readouterr().out
+
+
+def test_a_missing_marker_is_found_before_anything_is_written(tmp_path, records, capsys):
+    _write(tmp_path / "results", records)
+    (tmp_path / "README.md").write_text("# A\n")
+    argv = ["--results", str(tmp_path / "results"), "--readme", str(tmp_path / "README.md")]
+    assert report.main(argv) == 2
+    assert "results:begin" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["a.jsonl"]
+
+
+def test_a_result_that_is_there_twice_is_an_error(tmp_path):
+    _write(tmp_path, [record()])
+    _write(tmp_path, [record(accuracy=0.9)], "b.jsonl")
+    with pytest.raises(ValueError, match=r"b.jsonl:1 .*a.jsonl:1"):
+        summary.read(tmp_path)
+
+
+def test_a_broken_line_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps(record()) + '\n{"kind": "fine')
+    with pytest.raises(ValueError, match=r"a.jsonl:2 is not JSON"):
+        summary.read(tmp_path)
+
+
+def test_no_result_is_an_error_that_says_how_to_make_one(tmp_path):
+    with pytest.raises(ValueError, match=r"experiments\.finetune"):
+        summary.read(tmp_path)
+
+
+def test_smoothing_keeps_a_line_and_a_constant():
+    np.testing.assert_allclose(plots.smoothed(np.full(100, 3.0)), 3.0)
+    line = np.arange(100.0)
+    half = 100 // (2 * plots.SMOOTHED_OVER)
+    np.testing.assert_allclose(plots.smoothed(line)[half:-half], line[half:-half])
