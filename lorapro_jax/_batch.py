@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -78,8 +79,8 @@ def problems(
         check_scale(s, f"{pair.path}: scale")
         a, b, h_a, h_b = map(_solve.widen, (*read(pair, params), *read(pair, gradients)))
         dtype = jnp.result_type(a, b, h_a, h_b)
-        wide = (x.astype(dtype) for x in (a, b, h_a, h_b))
-        result.append(Problem(*wide, jnp.asarray(s, dtype)))
+        a, b, h_a, h_b = (x.astype(dtype) for x in (a, b, h_a, h_b))
+        result.append(Problem(a, b, h_a, h_b, jnp.asarray(s, dtype)))
     return result
 
 

@@ -1,5 +1,6 @@
 """Full mode: Adam's moments of the equivalent gradient, two (m, n) arrays a pair (Algorithm 2)."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -8,8 +9,8 @@ import optax
 from jaxtyping import Array, Int
 
 from lorapro_jax import _solve
-from lorapro_jax._batch import Problem, aligned, chunks, problems, spectra, steps
-from lorapro_jax._layouts import Pair, check_leaves, factor_indices, find_pairs, flatten, write
+from lorapro_jax._batch import Problem, Scale, aligned, chunks, problems, spectra, steps
+from lorapro_jax._layouts import Pair, check_leaves, factor_indices, flatten, write
 
 
 class FullState(NamedTuple):
@@ -22,19 +23,21 @@ class FullState(NamedTuple):
 
 
 def full_mode(
-    projection, adam, scale, betas, mu_dtype, *, x, damping, layout, require_pairs
+    projection: optax.GradientTransformationExtraArgs,
+    adam: optax.GradientTransformation,
+    find: Callable[[list[str], list[Any]], tuple[Pair, ...]],
+    scale: Scale,
+    betas: tuple[Any, Any, Any],
+    mu_dtype: Any,
+    x: str,
+    damping: float | Array,
 ) -> optax.GradientTransformationExtraArgs:
-    """Full mode: Algorithm 2."""
+    """Algorithm 2: `find` tells the pairs, `adam` takes the other leaves."""
     b1, b2, eps = betas
 
     def pairs_of(tree):
         paths, leaves, treedef = flatten(tree)
-        return (
-            paths,
-            leaves,
-            treedef,
-            find_pairs(paths, leaves, layout, require_pairs=require_pairs),
-        )
+        return paths, leaves, treedef, find(paths, leaves)
 
     def in_no_pair(tree):
         _, leaves, treedef, pairs = pairs_of(tree)
@@ -58,18 +61,20 @@ def full_mode(
         g = jax.vmap(_solve.equivalent_gradient, (0, 0, 0, 0, None))(p.a, p.b, da, db, p.s)
         mu = _average(g, mu, b1)
         nu = _average(g * g, nu, b2)
-        m_hat = mu.astype(g.dtype) / (1 - b1**count)
-        U = m_hat / (jnp.sqrt(nu / (1 - b2**count)) + eps)
+        correction_1, correction_2 = (jnp.asarray(1 - b**count, g.dtype) for b in (b1, b2))
+        U = (mu.astype(g.dtype) / correction_1) / (jnp.sqrt(nu / correction_2) + eps)
         return mu, nu, *jax.vmap(_solve.project, (0, 0, 0, None))(p.a, p.b, U, p.s)
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
         paths, leaves, treedef, pairs = pairs_of(updates)
+        if not leaves:  # a part of optax.partition that got nothing
+            return updates, state
         check_leaves(paths, leaves)
         ps = problems(pairs, aligned(paths, leaves, params), leaves, scale)
         others, rest_state = rest.update(updates, state.rest)
         new = jax.tree.leaves(others)
-        count = optax.safe_increment(state.count)
+        count = jnp.asarray(optax.safe_increment(state.count))
         mu, nu = {}, {}
         for chunk in chunks(ps):
             members = [ps[i] for i in chunk]
@@ -78,7 +83,7 @@ def full_mode(
                 path, p = pairs[chunk[k]].path, members[k]
                 moments = (_batched(state.mu[path], p), _batched(state.nu[path], p))
                 m, v, h_a, h_b = adam_direction(p, da, db, *moments, count)
-                mu[path], nu[path] = (new.reshape(state.mu[path].shape) for new in (m, v))
+                mu[path], nu[path] = (y.reshape(state.mu[path].shape) for y in (m, v))
                 members[k] = p._replace(h_a=h_a, h_b=h_b)
             for i, (da, db) in zip(chunk, steps(members, spec, x), strict=True):
                 write(pairs[i], da, db, new)

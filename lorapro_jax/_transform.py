@@ -1,9 +1,10 @@
 """LoRA-Pro as optax transformations: the projection alone, and Adam on the equivalent gradient."""
 
-from collections.abc import Callable
+import functools
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
@@ -15,7 +16,6 @@ from lorapro_jax._layouts import Layout, check_leaves, factor_indices, find_pair
 
 Mode = Literal["full", "efficient"]
 MODES: tuple[str, ...] = get_args(Mode)
-Rate = float | Array | Callable[[Array], Array]
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -172,12 +172,12 @@ def scale_by_lorapro_adam(
     _check_between("b1", b1, 0.0, 1.0)
     _check_between("b2", b2, 0.0, 1.0)
     _check_between("eps", eps, 0.0, float("inf"))
-    options = dict(x=x, damping=damping, layout=layout, require_pairs=require_pairs)
-    projection = lorapro(scale, **options)
+    projection = lorapro(scale, x=x, damping=damping, layout=layout, require_pairs=require_pairs)
     adam = _adam(b1, b2, eps, mu_dtype)
     if mode == "efficient":
         return optax.chain(projection, adam)
-    return full_mode(projection, adam, scale, (b1, b2, eps), mu_dtype, **options)
+    find = functools.partial(find_pairs, layout=layout, require_pairs=require_pairs)
+    return full_mode(projection, adam, find, scale, (b1, b2, eps), mu_dtype, x, damping)
 
 
 class DecayState(NamedTuple):
@@ -187,7 +187,7 @@ class DecayState(NamedTuple):
 
 
 def _decay_product(
-    learning_rate: Rate, weight_decay: float | Array, layout: Layout | None
+    learning_rate: optax.ScalarOrSchedule, weight_decay: float | Array, layout: Layout | None
 ) -> optax.GradientTransformationExtraArgs:
     """Decoupled decay of K - K0 by 1 - lr wd: each factor by its root, other leaves as in AdamW."""
 
@@ -208,13 +208,15 @@ def _decay_product(
             u + (jnp.where(i in inside, root, -product) * value).astype(u.dtype)
             for i, (u, value) in enumerate(zip(leaves, values, strict=True))
         ]
-        return jax.tree.unflatten(treedef, new), DecayState(optax.safe_increment(state.count))
+        return jax.tree.unflatten(treedef, new), DecayState(
+            jnp.asarray(optax.safe_increment(state.count))
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def lorapro_adamw(
-    learning_rate: Rate,
+    learning_rate: optax.ScalarOrSchedule,
     scale: Scale,
     *,
     mode: Mode = "full",

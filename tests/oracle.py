@@ -7,7 +7,8 @@ def pair(rng, m, r, n, rank_a=None, rank_b=None):
     """Random factors and a full gradient; `rank_a` or `rank_b` below r makes them deficient."""
 
     def factor(rows, cols, rank):
-        rank = min(rows, cols) if rank is None else rank
+        if rank is None:
+            return rng.normal(size=(rows, cols))
         return rng.normal(size=(rows, rank)) @ rng.normal(size=(rank, cols)) / np.sqrt(max(rank, 1))
 
     return factor(m, r, rank_a), factor(r, n, rank_b), rng.normal(size=(m, n))
