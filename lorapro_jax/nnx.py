@@ -1,0 +1,224 @@
+"""LoRA on NNX models in place: y = x (K + s a b) + bias; kernel paths and model code unchanged.
+
+An adapted nnx.Linear or nnx.LinearGeneral keeps its identity and gains the leaves lora_a (m, r) and
+lora_b (r, n), both nnx.LoRAParam; m and n are all of the kernel's input and output axes.
+"""
+
+import math
+import re
+from typing import Any
+
+from flax import nnx
+from flax.nnx.nn import dtypes
+from jax import lax
+
+from lorapro_jax import _adapter
+from lorapro_jax._paths import no_match_error
+
+
+def _is_plain(module) -> bool:
+    """Whether the module computes lax.dot_general with flax's own promotion, and nothing else."""
+    return (
+        module.dot_general in (None, lax.dot_general)
+        and getattr(module, "dot_general_cls", None) is None
+        and module.precision is None
+        and module.preferred_element_type is None
+        and module.promote_dtype is dtypes.promote_dtype
+    )
+
+
+def _adapted_call(module: Any, base_call, inputs, out_sharding):
+    """The base layer's output with s (x a) b added, in one product where that pays."""
+    axis = getattr(module, "axis", (-1,))
+    a, b = module.lora_a[...], module.lora_b[...] * module.lora_scale
+    dropout = module.lora_dropout
+    if dropout is not None and dropout.deterministic:
+        dropout = None
+    if dropout is None and out_sharding is None and _is_plain(module):
+        bias = None if module.bias is None else module.bias[...]
+        operands = inputs, module.kernel[...], bias
+        x, kernel, bias = module.promote_dtype(operands, dtype=module.dtype)
+        if _adapter.merge_pays(_adapter.inputs_last(x, axis)):
+            return _adapter.adapted(x, kernel, bias, a, b, axis)
+    y = base_call(inputs, out_sharding=out_sharding)
+    x = inputs if dropout is None else dropout(inputs)
+    x, a, b = module.promote_dtype((x, a, b), dtype=module.dtype)
+    delta = _adapter.low_rank(_adapter.inputs_last(x, axis), a, b, module.precision)
+    return y + delta.reshape(y.shape).astype(y.dtype)
+
+
+# Each has the one base: with a mixin beside it, Python refuses to change an instance's class.
+class LoRALinear(nnx.Linear):
+    """An nnx.Linear that `add_lora` adapted; construct an nnx.Linear and adapt it."""
+
+    lora_dropout: nnx.Dropout | None = None
+
+    def __call__(self, inputs, out_sharding=None):
+        """The base layer's output, with s (x a) b added."""
+        return _adapted_call(self, super().__call__, inputs, out_sharding)
+
+
+class LoRALinearGeneral(nnx.LinearGeneral):
+    """An nnx.LinearGeneral that `add_lora` adapted; construct the base and adapt it."""
+
+    lora_dropout: nnx.Dropout | None = None
+
+    def __call__(self, inputs, out_sharding=None):
+        """The base layer's output, with s (x a) b added."""
+        return _adapted_call(self, super().__call__, inputs, out_sharding)
+
+
+_ADAPTED = {nnx.Linear: LoRALinear, nnx.LinearGeneral: LoRALinearGeneral}
+_BASE = {adapted: base for base, adapted in _ADAPTED.items()}
+
+
+def _modules(model: nnx.Module) -> dict[str, nnx.Module]:
+    return {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
+
+
+def _targets(model: nnx.Module, pattern: str) -> dict[str, nnx.Module]:
+    """The modules to adapt, by path; raises if there is none or if one cannot be adapted."""
+    modules = _modules(model)
+    matched = {path: module for path, module in modules.items() if re.fullmatch(pattern, path)}
+    for path, module in matched.items():
+        if type(module) in _BASE:
+            raise ValueError(f"{path} has an adapter already; merge_lora it before adding another")
+    found = {path: module for path, module in matched.items() if type(module) in _ADAPTED}
+    if matched and not found:
+        path, module = next(iter(matched.items()))
+        raise ValueError(
+            f"targets {pattern!r} matches no layer that can be adapted: {path!r} is a "
+            f"{type(module).__name__}; supported are exactly nnx.Linear and nnx.LinearGeneral"
+        )
+    if not found:
+        candidates = [path for path, module in modules.items() if type(module) in _ADAPTED]
+        raise no_match_error("targets", pattern, candidates)
+    return found
+
+
+def _matrix_shape(path: str, module: Any) -> tuple[int, int]:
+    """(m, n): the sizes of the kernel's input and output axes together."""
+    if getattr(module, "batch_axis", None):
+        raise ValueError(
+            f"{path} is an nnx.LinearGeneral with batch_axis {dict(module.batch_axis)}: a "
+            "kernel per batch entry, not one matrix; leave it out of targets"
+        )
+    inputs = len(getattr(module, "axis", (-1,)))
+    outputs = len(getattr(module, "out_features", ())) if hasattr(module, "axis") else 1
+    shape = module.kernel.shape
+    if len(shape) != inputs + outputs:
+        raise ValueError(
+            f"{path}/kernel has shape {shape}, expected {inputs} input and {outputs} output axes; "
+            "a stacked layer (nnx.vmap) needs add_lora inside the function that vmap maps"
+        )
+    return math.prod(shape[:inputs]), math.prod(shape[inputs:])
+
+
+def _scale(alpha: float, rank: int, rslora: bool) -> float:
+    return float(alpha) / (math.sqrt(rank) if rslora else rank)
+
+
+def add_lora(
+    model: nnx.Module,
+    rank: int = 8,
+    alpha: float = 16.0,
+    *,
+    targets: str,
+    rslora: bool = False,
+    dropout: float = 0.0,
+    dtype: Any = None,
+    rngs: nnx.Rngs,
+) -> None:
+    """Adds a low-rank adapter to every linear layer of `model` whose path matches, in place.
+
+    y = x (K + s a b) + bias, a (m, r) uniform in ±1/sqrt(m) (PEFT's kaiming-uniform with a = √5),
+    b (r, n) = 0, so that the model's output does not change until b is trained. The layer stays
+    the object it was; its class becomes a subclass of its own (`LoRALinear`,
+    `LoRALinearGeneral`), so paths, isinstance and the model's code remain valid, and the kernel's
+    checkpoints too. Matched modules that are no linear layer, such as a container, are left alone.
+
+    Args:
+      model: any nnx module.
+      rank: r, at least 1. More than min(m, n) is allowed, for a pattern may cover small layers
+        too, but adds nothing that min(m, n) cannot express.
+      alpha: s = alpha / r; positive.
+      targets: regex, compared with the whole module path ("encoder/layers/0/attention/query").
+      rslora: s = alpha / sqrt(r) instead.
+      dropout: rate in [0, 1) of a dropout on the adapter's input only. It follows model.train()
+        and model.eval(), and draws from the "dropout" stream of `rngs`.
+      dtype: of the factors; None is the kernel's, but at least float32. The layer computes in its
+        own dtype either way.
+      rngs: keys for a ("params") and for the dropout ("dropout").
+
+    Raises:
+      ValueError: no module matches, none of the matches can be adapted, one has an adapter already,
+        a layer holds more than one matrix (batch axes, nnx.vmap), or a number is out of range. The
+        model is then unchanged.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from lorapro_jax import nnx as lora
+      >>> model = nnx.Sequential(nnx.Linear(4, 16, rngs=nnx.Rngs(0)), nnx.relu)
+      >>> lora.add_lora(model, rank=2, targets=r"layers/0", rngs=nnx.Rngs(1))
+      >>> jax.tree.map(jnp.shape, nnx.to_pure_dict(nnx.state(model, nnx.LoRAParam)))
+      {'layers': {0: {'lora_a': (4, 2), 'lora_b': (2, 16)}}}
+      >>> model.layers[0].lora_scale
+      8.0
+
+    References:
+      LoRA, arXiv:2106.09685, section 4.1; rsLoRA, arXiv:2312.03732, theorem 3.2.
+    """
+    _adapter.check_rank(rank)
+    _adapter.check_scale("alpha", alpha)
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout is {dropout!r}; pass a rate in [0, 1)")
+    shapes = {
+        path: _matrix_shape(path, module) for path, module in _targets(model, targets).items()
+    }
+    modules, key = _modules(model), rngs.params()
+    for path, shape in shapes.items():
+        module: Any = modules[path]
+        chosen = _adapter.factor_dtype(dtype, module.kernel.dtype)
+        a, b = _adapter.init_pair(key, path, shape, rank, chosen)
+        object.__setattr__(module, "__class__", _ADAPTED[type(module)])
+        module.lora_a, module.lora_b = nnx.LoRAParam(a), nnx.LoRAParam(b)
+        module.lora_scale = _scale(alpha, rank, rslora)
+        if dropout:
+            module.lora_dropout = nnx.Dropout(dropout, rngs=rngs)
+
+
+def merge_lora(model: nnx.Module) -> None:
+    """Folds every adapter of `model` into its kernel, K ← K + s a b, and removes it, in place.
+
+    The sum is computed in float32 or better and rounded once to the kernel's dtype.
+
+    Args:
+      model: a module with adapters from `add_lora`.
+
+    Raises:
+      ValueError: the model has no adapter.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from lorapro_jax import nnx as lora
+      >>> model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+      >>> lora.add_lora(model, rank=2, targets="", rngs=nnx.Rngs(1))
+      >>> lora.merge_lora(model)
+      >>> type(model).__name__, hasattr(model, "lora_a")
+      ('Linear', False)
+
+    References:
+      LoRA, arXiv:2106.09685, section 4.1: no additional inference latency.
+    """
+    adapted: list[Any] = [m for m in _modules(model).values() if type(m) in _BASE]
+    if not adapted:
+        raise ValueError("the model has no adapter to merge; add_lora adds them")
+    for module in adapted:
+        pair = module.lora_a[...], module.lora_b[...]
+        module.kernel[...] = _adapter.fold(module.kernel[...], *pair, module.lora_scale)
+        for name in ("lora_a", "lora_b", "lora_scale", "lora_dropout"):
+            if name in vars(module):
+                delattr(module, name)
+        object.__setattr__(module, "__class__", _BASE[type(module)])
