@@ -16,6 +16,7 @@ import dataclasses
 import errno
 import fcntl
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -58,6 +59,18 @@ def explained(what: str, path: pathlib.Path) -> Iterator[None]:
             "choose another --out, and give the same command again: it goes on from there",
             str(path),
         ) from error
+
+
+@contextlib.contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    """Orbax logs a failed write with a traceback per thread; the error that is raised says it all."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def write_atomic(path: pathlib.Path, data: bytes, what: str) -> None:
@@ -141,7 +154,7 @@ class Checkpoints:
             arrays=ocp.args.StandardSave(arrays), progress=ocp.args.JsonSave(progress)
         )
         try:
-            with explained(f"the checkpoint of step {step}", self.path):
+            with explained(f"the checkpoint of step {step}", self.path), _quiet_orbax():
                 self._manager.save(step, args=items)
         except OSError:
             self._remove_unfinished()

@@ -17,6 +17,7 @@ from flax import nnx
 import lorapro_jax as lp
 from experiments import models
 from experiments.config import RunConfig, one_of
+from lorapro_jax import nnx as lora
 
 HEAD = r"head/.*"  # fresh, so that the LoRA methods train it too
 
@@ -82,7 +83,7 @@ def split(
     """(graph, what trains, the rest) of `model`, which gains adapters if the method uses them."""
     trains = nnx.Param
     if get(run.method).adapted:
-        lp.nnx.add_lora(
+        lora.add_lora(
             model,
             rank=run.rank,
             alpha=run.alpha,

@@ -43,7 +43,7 @@ def _lines(console, title: str, steps: int, batch_size: int) -> Callable[[train.
         done = len(history.losses)
         if done % every == 0 or done == steps:
             loss, rate = _now(history, batch_size)
-            left = sum(history.seconds.values()) / done * (steps - done)
+            left = history.seconds["train"] / done * (steps - done)
             console.print(
                 f"{title}: step {done}/{steps}, loss {loss:.4f}, {rate:.0f} examples/s, "
                 f"{left:.0f} s left",

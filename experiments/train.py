@@ -53,10 +53,13 @@ class History:
     data: dict | None = None  # the state of the iterator over the batches
 
 
-def loss_fn(params, frozen, graph, batch, key) -> jax.Array:
-    """The weighted mean cross-entropy of one batch."""
-    model = nnx.merge(graph, params, frozen)
-    rngs = nnx.Rngs(dropout=key)
+def loss_fn(params, setup: Setup, frozen, batch, number) -> jax.Array:
+    """The weighted mean cross-entropy of one batch, with the dropout of step `number`."""
+    model = nnx.merge(setup.graph, params, frozen)
+    # Adapters own their streams of keys, each with a count that takes the place of the step.
+    counts = nnx.state(model, nnx.RngCount)
+    nnx.update(model, jax.tree.map(lambda count: jnp.full_like(count, number), counts))
+    rngs = nnx.Rngs(dropout=jax.random.fold_in(setup.key, number))
     logits_BC = model(batch["tokens"], batch["mask"], batch["segments"], rngs=rngs)
     losses_B = optax.softmax_cross_entropy_with_integer_labels(
         logits_BC.astype(jnp.float32), batch["labels"]
@@ -86,8 +89,7 @@ def make_diagnosis(setup: Setup) -> Callable:
 
 
 def _update(setup: Setup, params, opt_state, frozen, batch, number) -> tuple:
-    key = jax.random.fold_in(setup.key, number)
-    loss, grads = jax.value_and_grad(loss_fn)(params, frozen, setup.graph, batch, key)
+    loss, grads = jax.value_and_grad(loss_fn)(params, setup, frozen, batch, number)
     updates, opt_state = setup.tx.update(grads, opt_state, params)
     return loss, grads, updates, opt_state
 
@@ -257,4 +259,6 @@ class _Loop:
 
 
 def _logits(graph, params, frozen, batch) -> jax.Array:
-    return nnx.merge(graph, params, frozen)(batch["tokens"], batch["mask"], batch["segments"])
+    model = nnx.merge(graph, params, frozen)
+    model.eval()
+    return model(batch["tokens"], batch["mask"], batch["segments"])

@@ -1,0 +1,339 @@
+"""The command from end to end on the tiny model: results, resumption after SIGKILL, bad input."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.extend
+import numpy as np
+import optax
+import pytest
+import safetensors.numpy
+from test_checkpoint import file_size_limit
+
+from experiments import config, finetune, methods, prepare, train
+from experiments.config import Command, RunConfig
+from experiments.methods import METHODS
+
+ROOT = pathlib.Path(__file__).parents[1]
+# One bucket, so one compilation a run; 16 tokens are few, but these tests are not about accuracy.
+TINY = ["--model", "tiny", "--max-length", "16", "--batch-size", "8", "--eval-examples", "20"]
+
+
+def tiny(out, **flags) -> list[str]:
+    given = {"methods": "full", "train_examples": 64, "epochs": 1} | flags
+    names = ((f"--{name.replace('_', '-')}", str(value)) for name, value in given.items())
+    return [*TINY, "--out", str(out), *(word for pair in names for word in pair)]
+
+
+def run_config(**changes) -> RunConfig:
+    given = {"model": "tiny", "method": "lora", "learning_rate": 1e-3, "seed": 0, "epochs": 1}
+    sizes = {"max_length": 16, "batch_size": 8, "train_examples": 64, "eval_examples": 20}
+    return RunConfig(**given | sizes | changes)
+
+
+@pytest.fixture(scope="module")
+def all_methods(tmp_path_factory):
+    """The results of every method, two epochs each."""
+    out = tmp_path_factory.mktemp("all")
+    flags = {"methods": ",".join(METHODS), "epochs": 2, "diagnose_every": 8}
+    assert finetune.main(tiny(out, **flags, learning_rates="1e-2")) == 0
+    lines = (out / "results.jsonl").read_text().splitlines()
+    return out, {record["config"]["method"]: record for record in map(json.loads, lines)}
+
+
+def test_every_method_leaves_a_complete_record(all_methods):
+    out, records = all_methods
+    assert set(records) == set(METHODS)
+    for record in records.values():
+        assert record["steps"] == 16
+        assert [point["step"] for point in record["evaluations"]] == [8, 16]
+        assert set(record["final"]) == {"accuracy", "f1", "matthews", "loss"}
+        assert {"train", "compile", "evaluate", "checkpoint"} <= set(record["seconds"])
+        assert record["step_memory_bytes"] > record["trainable_bytes"] > 0
+        assert record["process_peak_bytes"] > 0
+        assert {"commit", "versions", "time"} <= set(record["provenance"])
+        assert len(record["losses"]) == 16
+    for image in ("loss.png", "metric.png"):
+        assert (out / image).read_bytes().startswith(b"\x89PNG")
+
+
+def test_optimizer_state_has_the_size_that_each_method_promises(all_methods):
+    _, records = all_methods
+    counters = 64  # step counts
+    for method in ("full", "lora", "lorapro-efficient"):
+        extra = records[method]["optimizer_state_bytes"] - 2 * records[method]["trainable_bytes"]
+        assert 0 <= extra <= counters, method
+    kernels = 2 * (4 * 32 * 32 + 2 * 32 * 64)  # two layers: query, key, value, out; up, down
+    head = 2 * 32 + 2
+    extra = records["lorapro-full"]["optimizer_state_bytes"] - 2 * 4 * (kernels + head)
+    assert 0 <= extra <= counters
+
+
+def test_the_lora_methods_train_adapters_and_head_only(all_methods):
+    out, records = all_methods
+    for method, record in records.items():
+        name = f"pydoc-tiny-{method}-lr0.01-seed0"
+        trained = safetensors.numpy.load_file(out / name / "final.safetensors")
+        last = {path.rsplit("/", 1)[-1] for path in trained if not path.startswith("head/")}
+        assert (last == {"lora_a", "lora_b"}) == (method != "full")
+        assert {"head/kernel", "head/bias"} <= set(trained)
+        assert sum(x.size for x in trained.values()) == record["trainable_parameters"]
+
+
+def test_diagnoses_are_cosines_and_lorapro_is_no_worse_than_lora(all_methods):
+    _, records = all_methods
+    assert records["full"]["diagnostics"] == []
+    for method in ("lora", "lorapro-full", "lorapro-efficient"):
+        points = records[method]["diagnostics"]
+        assert [point["step"] for point in points] == [8, 16]
+        for point in points:
+            assert point["lora_cosine"] <= point["lorapro_cosine"] <= 1.0 + 1e-5
+            assert -1.0 <= point["step_cosine"] <= 1.0 + 1e-5
+
+
+def test_a_complete_run_does_nothing(all_methods, capsys, monkeypatch):
+    out, _ = all_methods
+    before = {p: p.stat().st_mtime_ns for p in out.glob("*/*") if p.name != ".lock"}
+    monkeypatch.setattr(train, "train", None)
+    monkeypatch.setattr(prepare, "load_data", None)
+    flags = {"methods": ",".join(METHODS), "epochs": 2, "learning_rates": "1e-2"}
+    assert finetune.main(tiny(out, **flags)) == 0
+    assert capsys.readouterr().out.count("complete, nothing to do") == len(METHODS)
+    assert before == {p: p.stat().st_mtime_ns for p in out.glob("*/*") if p.name != ".lock"}
+
+
+def test_the_folder_of_another_configuration_is_refused(all_methods, capsys):
+    out, _ = all_methods
+    flags = {"methods": "lora", "epochs": 2, "learning_rates": "1e-2", "rank": 4}
+    assert finetune.main(tiny(out, **flags)) == 2
+    error = capsys.readouterr().err
+    assert "rank: 8 there, 4 asked for" in error
+    assert "Traceback" not in error
+
+
+def _start(out, method) -> subprocess.Popen:
+    flags = tiny(out, methods=method, train_examples=320, checkpoint_every=1)
+    environment = os.environ | {"JAX_ENABLE_X64": "0", "JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "experiments.finetune", *flags],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def _kill_when(process: subprocess.Popen, condition) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, f"ended before it was killed:\n{process.stdout.read()}"
+        assert time.monotonic() < deadline, "the moment to kill never came"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+def _finish(process: subprocess.Popen) -> None:
+    printed = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, printed
+
+
+def test_a_run_killed_at_any_moment_ends_with_the_same_parameters(tmp_path):
+    method = "lorapro-full"
+    name = f"pydoc-tiny-{method}-lr0.0001-seed0"
+    broken, whole = tmp_path / "broken" / name, tmp_path / "whole" / name
+    reference = _start(whole.parent, method)
+
+    def newest() -> int:
+        steps = (broken / "checkpoints").glob("[0-9]*")
+        return max((int(p.name) for p in steps if p.name.isdigit()), default=0)
+
+    def saving_after(step: int):
+        return lambda: newest() >= step and any((broken / "checkpoints").glob("*tmp*"))
+
+    # While it starts; between two steps; while a checkpoint is written; and once more.
+    _kill_when(_start(broken.parent, method), (broken / "config.json").exists)
+    _kill_when(_start(broken.parent, method), lambda: newest() >= 5)
+    _kill_when(_start(broken.parent, method), saving_after(max(newest() + 3, 12)))
+    assert 5 <= newest() < 40
+    assert not (broken / "result.json").exists()
+    _finish(_start(broken.parent, method))
+    _finish(reference)
+    final = "final.safetensors"
+    assert (broken / final).read_bytes() == (whole / final).read_bytes()
+    results = [json.loads((folder / "result.json").read_text()) for folder in (broken, whole)]
+    for key in ("losses", "evaluations", "steps"):
+        assert results[0][key] == results[1][key]
+    lines = (broken.parent / "results.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [results[0]]
+
+
+def test_a_full_disk_stops_the_run_and_it_goes_on_afterwards(tmp_path, capsys):
+    flags = tiny(tmp_path, train_examples=16)
+    with file_size_limit(50_000):
+        assert finetune.main(flags) == 2
+    error = capsys.readouterr().err
+    assert "could not write the checkpoint of step 2" in error
+    assert "Make room" in error
+    assert "Traceback" not in error
+    folder = tmp_path / "pydoc-tiny-full-lr0.0001-seed0"
+    assert not list(tmp_path.rglob("*tmp*"))
+    assert not (folder / "result.json").exists()
+    assert finetune.main(flags) == 0
+    assert (folder / "result.json").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(tmp_path, capsys):
+    flags = tiny(tmp_path, learning_rates="1e38", checkpoint_every=1, train_examples=32)
+    assert finetune.main(flags) == 1
+    error = capsys.readouterr().err
+    assert "loss is nan at step 3 of 4" in error or "loss is inf at step 3 of 4" in error
+    assert "lower --learning-rates" in error
+    (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    assert not (folder / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"methods": "lorapro"}, "unknown method 'lorapro'; did you mean 'lorapro-"),
+        ({"methods": "full,full"}, "--methods full,full names a value twice"),
+        ({"model": "minilmm"}, "unknown model 'minilmm'; did you mean 'minilm'"),
+        ({"task": "mrcp"}, "unknown task 'mrcp'; did you mean 'mrpc'"),
+        ({"learning_rates": "0"}, "--learning-rates must be a finite number greater than 0"),
+        ({"learning_rates": "1e-4,-1"}, "not -1.0"),
+        ({"learning_rates": "nan"}, "not nan"),
+        ({"learning_rates": "inf"}, "not inf"),
+        ({"head_learning_rate": "nan"}, "--head-learning-rate"),
+        ({"rank": "0"}, "--rank must be a finite number of at least 1"),
+        ({"epochs": "0"}, "--epochs"),
+        ({"warmup_ratio": "1"}, "--warmup-ratio"),
+        ({"clip_norm": "nan"}, "--clip-norm"),
+        ({"dropout": "1"}, "--dropout"),
+        ({"checkpoint_every": "-1"}, "--checkpoint-every"),
+        ({"train_examples": "1000000"}, "1000000 examples asked for, the split has"),
+    ],
+)
+def test_bad_values_are_named_with_what_to_do(tmp_path, capsys, flags, message):
+    assert finetune.main(tiny(tmp_path, **flags)) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(["--method", "full"], "--methods"), (["--seeds", "one"], "invalid literal")],
+)
+def test_unknown_flags_and_unreadable_values_are_usage_errors(capsys, flags, message):
+    with pytest.raises(SystemExit) as caught:
+        finetune.main(flags)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_command_stands_for_the_grid_of_its_lists():
+    command = Command(methods=("lora", "full"), learning_rates=(1e-4, 1e-3), seeds=(0, 1))
+    grid = config.runs(command)
+    assert len({run.folder_name for run in grid}) == len(grid) == 8
+    assert {run.epochs for run in grid} == {config.EPOCHS["pydoc"]}
+    (run,) = config.runs(dataclasses.replace(command, task="mrpc", methods=("lora",),
+                                             learning_rates=(1e-4,), seeds=(0,)))  # fmt: skip
+    assert run.epochs == config.PAPER_EPOCHS
+    assert (run.scale, dataclasses.replace(run, rslora=True).scale) == (2.0, 16 / 8**0.5)
+
+
+def test_the_rate_warms_up_and_falls_to_zero_along_a_cosine():
+    rate = methods.schedule(1e-3, 0.03, 200)
+    got = np.array([rate(step) for step in range(201)])
+    warm = 6
+    expected = [
+        1e-3 * step / warm
+        if step < warm
+        else 1e-3 * (1 + np.cos(np.pi * (step - warm) / (200 - warm))) / 2
+        for step in range(201)
+    ]
+    np.testing.assert_allclose(got, expected, atol=1e-9)
+    assert np.isfinite(methods.schedule(1e-3, 0.03, 1)(0))  # a run of one step
+
+
+def _products(jaxpr) -> set[tuple]:
+    """(shape, length of the contraction) of all matrix products in a jaxpr and those inside it."""
+    found = set()
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            lengths = [equation.invars[0].aval.shape[axis] for axis in contracted]
+            found.add((equation.outvars[0].aval.shape, *lengths))
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            found |= _products(inner)
+    return found
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_no_gradient_of_a_frozen_weight_is_computed(method):
+    run = run_config(method=method)
+    setup, params = prepare.build(run, prepare.load_data(run, None))
+    batch = setup.batches[0]
+
+    def loss(params):
+        return train.loss_fn(params, setup, setup.frozen, batch, 0)
+
+    rows = batch["tokens"].size
+    # A weight's gradient xᵀ g has the weight's shape and sums over the rows of the batch.
+    gradients = {((32, 32), rows), ((32, 64), rows), ((64, 32), rows)}
+    computed = {
+        (shape if shape in ((32, 32), (32, 64), (64, 32)) else shape[::-1], *lengths)
+        for shape, *lengths in _products(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)
+    }
+    assert gradients & computed == (gradients if method == "full" else set())
+
+
+def test_clipping_comes_before_the_method():
+    run = run_config(method="full", clip_norm=0.5)
+    params = {"w": np.zeros(2, np.float32)}
+    grads = {"w": np.array([3.0, 4.0], np.float32)}
+    state = methods.optimizer(run, 10).init(params)
+    _, state = methods.optimizer(run, 10).update(grads, state, params)
+    (mu,) = [x.mu for x in jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "mu"))
+             if hasattr(x, "mu")]  # fmt: skip
+    np.testing.assert_allclose(mu["w"], (1 - run.b1) * 0.5 * grads["w"] / 5, rtol=1e-6)
+    assert optax.tree.norm(mu) <= (1 - run.b1) * run.clip_norm * (1 + 1e-6)
+
+
+def _losses(run: RunConfig, numbers: list[int]) -> list[float]:
+    setup, params = prepare.build(run, prepare.load_data(run, None))
+    loss = jax.jit(
+        lambda number: train.loss_fn(params, setup, setup.frozen, setup.batches[0], number)
+    )
+    return [float(loss(number)) for number in numbers]
+
+
+def test_dropout_is_drawn_from_seed_and_step():
+    first, second, again = _losses(run_config(dropout=0.5), [0, 1, 0])
+    assert first == again != second
+    assert _losses(run_config(dropout=0.5), [1]) == [second]
+    without = _losses(run_config(), [0, 1])
+    assert without[0] == without[1] != first
+
+
+def test_a_curve_is_thinned_by_means():
+    losses = np.random.default_rng(0).normal(size=950).tolist()
+    points = np.array(finetune.thinned(losses, 200))
+    assert len(points) == 200
+    assert points[-1, 0] == 950
+    lengths = np.diff(np.concatenate([[0], points[:, 0]]))
+    assert np.sum(lengths * points[:, 1]) == pytest.approx(np.sum(losses))
+    assert finetune.thinned([1.0, 2.0], 200) == [[1, 1.0], [2, 2.0]]
+
+
+def test_subsets_are_seeded_and_nested_in_the_split():
+    assert prepare.subset(10, 0, 0) == list(range(10))
+    assert prepare.subset(100, 20, 1) == prepare.subset(100, 20, 1) != prepare.subset(100, 20, 2)
+    assert set(prepare.subset(100, 20, 1)) <= set(range(100))
