@@ -49,7 +49,10 @@ def load(seed: int = 0) -> Splits:
 
 
 def prose() -> list[str]:
-    """Every usable sentence of pydoc_data.topics, the first of those that differ in code only."""
+    """Every usable sentence of pydoc_data.topics, the first of those made of the same words.
+
+    Numbers, code and order do not tell two sentences apart here: one would give away the other.
+    """
     from pydoc_data.topics import topics  # half a megabyte of text, read only where it is wanted
 
     kept: dict[tuple[str, ...], str] = {}
@@ -57,13 +60,13 @@ def prose() -> list[str]:
         for paragraph in _paragraphs(topics[name]):
             for sentence in _SENTENCE_END.split(_VERSION_NOTE.sub("", paragraph)):
                 if _is_prose(sentence):
-                    kept.setdefault(content_words(sentence), sentence)
+                    kept.setdefault(tuple(sorted(content_words(sentence))), sentence)
     return list(kept.values())
 
 
-def content_words(sentence: str) -> tuple[str, ...]:
+def content_words(sentence: str) -> list[str]:
     """The lower-cased words outside quotes: numbers, code and punctuation do not count."""
-    return tuple(re.findall(r"[a-z]{2,}", re.sub(r'"[^"]*"', " ", sentence).lower()))
+    return re.findall(r"[a-z]{2,}", re.sub(r'"[^"]*"', " ", sentence).lower())
 
 
 def clusters(sentences: list[str]) -> np.ndarray:
