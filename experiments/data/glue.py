@@ -8,7 +8,7 @@ from experiments.data.task import Example, Splits, Task
 _PAIR = ("sentence1", "sentence2")
 _ENTAILMENT = ("entailment", "not_entailment")
 
-# Label names in TFDS's order; MNLI's third label is checked against the features when it is read.
+# Label names in TFDS's order, which `load` checks against the prepared data.
 TASKS = (
     Task("cola", ("sentence",), ("unacceptable", "acceptable"), "matthews"),
     Task("sst2", ("sentence",), ("negative", "positive"), "accuracy"),
