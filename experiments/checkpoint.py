@@ -63,7 +63,7 @@ def explained(what: str, path: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet_orbax() -> Iterator[None]:
-    """Orbax logs a failed write with a traceback per thread; the error that is raised says it all."""
+    """Orbax logs a failed write with a traceback per thread; the error raised says it all."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
