@@ -14,18 +14,20 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from experiments.summary import Row, best_rows
 
 # method -> (colour, line style, hatch)
 STYLES = {
-    "full": ("#000000", "-", ""),
+    "full": ("#444444", "-", ""),
     "lora": ("#E69F00", "--", "//"),
     "lorapro-full": ("#0072B2", "-", ".."),
     "lorapro-efficient": ("#009E73", "-.", "xx"),
 }
+_LABELLED = 6  # bars of a panel up to which their values fit above them
 _OTHER = ("#CC79A7", ":", "++")
-SMOOTHED_OVER = 20  # a point of a curve is the mean of this share of it: 1/20
+SMOOTHED_OVER = 10  # a point of a curve is the mean of this share of it: 1/10
 
 
 def draw(rows: Sequence[Row], folder: pathlib.Path, prefix: str = "") -> list[pathlib.Path]:
@@ -73,8 +75,9 @@ def loss_curves(ax: Axes, rows: Sequence[Row]) -> None:
     rates = {row.learning_rate for row in rows}
     title = f"{rows[0].task}: training loss"
     ax.set_title(title + (", each method at its best rate" if len(rates) > 1 else ""), fontsize=10)
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     ax.set_xlabel("step")
-    ax.set_ylabel("cross-entropy (smoothed)")
+    ax.set_ylabel("cross-entropy (moving mean)")
     ax.grid(alpha=0.25)
 
 
@@ -104,13 +107,15 @@ def metric_bars(ax: Axes, rows: Sequence[Row]) -> None:
             0.9 * width,
             yerr=row.std["metric"] if row.n > 1 else None,
             capsize=3,
+            ecolor="#000000",
             color=colour,
             alpha=0.85,
             hatch=hatch,
             edgecolor="white",
             label=row.method if first else None,
         )
-        ax.bar_label(bar, fmt="%.3f", fontsize=7, padding=2)
+        if len(rows) <= _LABELLED:
+            ax.bar_label(bar, fmt="%.3f", fontsize=8, padding=2)
     ax.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
     ax.set_xlabel("learning rate")
     ax.set_ylabel(rows[0].metric)
@@ -123,8 +128,9 @@ def metric_bars(ax: Axes, rows: Sequence[Row]) -> None:
 
 def _cut_axis(ax: Axes, rows: Sequence[Row]) -> None:
     """Starts the axis a little under the lowest bar, and says so, where 0 would hide the gaps."""
-    values = [row.mean["metric"] for row in rows]
-    low = min(values) - max(0.5 * (max(values) - min(values)), 0.05)
+    lows = [row.mean["metric"] - row.std["metric"] for row in rows]
+    highs = [row.mean["metric"] + row.std["metric"] for row in rows]
+    low = min(lows) - max(0.25 * (max(highs) - min(lows)), 0.02)
     if low > 0.2:
         ax.set_ylim(bottom=low)
         ax.set_ylabel(f"{rows[0].metric} (axis starts at {low:.2f})")

@@ -23,20 +23,20 @@ BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 _SHOWN = {"task", "model", "method", "learning_rate", "seed", "epochs", "train_examples"}
 
 
-def spread(row: Row, name: str) -> str:
+def spread(row: Row, name: str, digits: int = 4) -> str:
     """Mean ± std; the mean alone for one seed."""
-    text = f"{row.mean[name]:.4f}"
-    return f"{text} ± {row.std[name]:.4f}" if row.n > 1 else text
+    text = f"{row.mean[name]:.{digits}f}"
+    return f"{text} ± {row.std[name]:.{digits}f}" if row.n > 1 else text
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: Row, digits: int = 4) -> list[str]:
     record = row.records[0]
     return [
         row.task,
         row.method,
         f"{row.learning_rate:g}",
         str(row.n),
-        *(spread(row, name) for name in SCORES),
+        *(spread(row, name, digits) for name in SCORES),
         f"{record['trainable_parameters']:,}",
         f"{record['optimizer_state_bytes'] / 1e6:.2f}",
         f"{record['step_memory_bytes'] / 1e6:.0f}",
@@ -60,24 +60,28 @@ _HEADINGS = [
     "examples/s",
     "time (s)",
 ]
+_STEP_MEMORY = _HEADINGS.index("step memory (MB)")
 
 
 def rich_table(rows: Sequence[Row]) -> rich.table.Table:
     """The rows for a terminal: short headings, the best rate of every method in bold."""
     about = ", ".join(_unique(f"{row.model} on {row.task}" for row in rows))
     table = rich.table.Table(
-        title=f"{about}: validation scores, mean ± std over n seeds", box=rich.box.SIMPLE
+        title=f"{about}: validation scores, mean ± std over n seeds",
+        box=rich.box.SIMPLE,
+        padding=(0, 0, 0, 1),
     )
     table.add_column("method", no_wrap=True)
-    for heading in ("rate", "n", "accuracy", "F1", "Matthews", "loss"):
+    headings = ("rate", "n", "accuracy", "F1", "Matthews", "loss", "trained", "state MB", "ex./s")
+    for heading in (*headings, "s"):
         table.add_column(heading, justify="right")
-    for heading in ("trained", "state MB", "step MB", "ex./s", "s"):
-        table.add_column(heading, justify="right", no_wrap=True)
     best = best_rows(rows)
     several = len(best) < len(rows)
     for row in rows:
+        cells = [cell.replace(" ± ", "±") for cell in _cells(row, digits=3)[1:]]
+        del cells[_STEP_MEMORY - 1]
         bold = several and any(row is other for other in best)
-        table.add_row(*_cells(row)[1:], style="bold" if bold else None)
+        table.add_row(*cells, style="bold" if bold else None)
     return table
 
 
