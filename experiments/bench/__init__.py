@@ -1,0 +1,1 @@
+"""Benchmarks, each a module to run; their records go to experiments/results."""
