@@ -118,7 +118,7 @@ def _condition(factor: Array) -> Array:
     """From the factor's own singular values: those of its Gram would be squared."""
     r = factor.shape[-1]
     values = jnp.linalg.svd(factor.reshape(-1, r), compute_uv=False)
-    return values[0] / values[-1]
+    return jnp.where(values[-1] > 0, values[0] / values[-1], jnp.inf)  # also where 0 / 0
 
 
 @jax.vmap

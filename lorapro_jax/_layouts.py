@@ -107,10 +107,12 @@ def flatten(
 def check_trainable(path: str, leaf: Any) -> None:
     """Raises ValueError for a leaf without a gradient: integers, booleans, float0."""
     dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
-    if dtype == jax.dtypes.float0 or not jnp.issubdtype(dtype, jnp.inexact):
+    float0 = dtype == jax.dtypes.float0
+    if float0 or not jnp.issubdtype(dtype, jnp.inexact):
         raise ValueError(
-            f"{path} has dtype {dtype}, which cannot be trained; take it out of the tree before "
-            "jax.grad (lora, base = lp.split(params)), or freeze it with lp.freeze_base"
+            f"{path} has dtype {'float0' if float0 else dtype}, which cannot be trained; take it "
+            "out of the tree before jax.grad (lora, base = lp.split(params)), or freeze it with "
+            "lp.freeze_base"
         )
 
 

@@ -19,14 +19,13 @@ batching. m and n may each be several axes: they are contracted whole, nothing i
 that a sharded axis stays as it is.
 """
 
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-Choice = Literal["sylvester", "zero", "symmetric"]
-CHOICES: tuple[str, ...] = get_args(Choice)
+CHOICES = ("sylvester", "zero", "symmetric")  # of x: which minimiser
 
 # TPUs and Ampere GPUs would run float32 products at bf16 or tf32, whose error the
 # inverse Grams amplify by the square of the condition number.

@@ -1,7 +1,7 @@
 """LoRA-Pro as optax transformations: the projection alone, and Adam on the equivalent gradient."""
 
 import functools
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.core
@@ -14,8 +14,7 @@ from lorapro_jax._batch import Scale, aligned, all_steps, check_scale, problems
 from lorapro_jax._full import full_mode
 from lorapro_jax._layouts import Layout, check_leaves, factor_indices, find_pairs, flatten, write
 
-Mode = Literal["full", "efficient"]
-MODES: tuple[str, ...] = get_args(Mode)
+MODES = ("full", "efficient")
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -34,7 +33,7 @@ def _check_between(name: str, value: Any, low: float, high: float) -> None:
 def lorapro(
     scale: Scale,
     *,
-    x: _solve.Choice = "sylvester",
+    x: str = "sylvester",
     damping: float | Array = 1e-6,
     layout: Layout | None = None,
     require_pairs: bool = True,
@@ -122,11 +121,11 @@ def _adam(b1, b2, eps, mu_dtype) -> optax.GradientTransformation:
 def scale_by_lorapro_adam(
     scale: Scale,
     *,
-    mode: Mode = "full",
+    mode: str = "full",
     b1: float | Array = 0.9,
     b2: float | Array = 0.999,
     eps: float | Array = 1e-8,
-    x: _solve.Choice = "sylvester",
+    x: str = "sylvester",
     damping: float | Array = 1e-6,
     mu_dtype: Any = None,
     layout: Layout | None = None,
@@ -219,12 +218,12 @@ def lorapro_adamw(
     learning_rate: optax.ScalarOrSchedule,
     scale: Scale,
     *,
-    mode: Mode = "full",
+    mode: str = "full",
     b1: float | Array = 0.9,
     b2: float | Array = 0.999,
     eps: float | Array = 1e-8,
     weight_decay: float | Array = 0.0,
-    x: _solve.Choice = "sylvester",
+    x: str = "sylvester",
     damping: float | Array = 1e-6,
     mu_dtype: Any = None,
     layout: Layout | None = None,

@@ -1,0 +1,507 @@
+"""The transformations: against dense references, and the optax contract on trees with pairs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+import trees
+from trees import SCALE
+
+import lorapro_jax as lp
+
+MODES = ["full", "efficient"]
+TRANSFORMS = {
+    "lorapro": lambda **kw: lp.lorapro(SCALE, **kw),
+    "full": lambda **kw: lp.scale_by_lorapro_adam(SCALE, mode="full", **kw),
+    "efficient": lambda **kw: lp.scale_by_lorapro_adam(SCALE, mode="efficient", **kw),
+    "adamw full": lambda **kw: lp.lorapro_adamw(1e-2, SCALE, weight_decay=0.1, **kw),
+    "adamw efficient": lambda **kw: lp.lorapro_adamw(1e-2, SCALE, mode="efficient", **kw),
+}
+every_transform = pytest.mark.parametrize("make", TRANSFORMS.values(), ids=TRANSFORMS.keys())
+every_mode = pytest.mark.parametrize("mode", MODES)
+
+
+def quadratic(dense, targets):
+    """The gradients that autodiff gives for sum ||K0 + s a b - T||² / 2."""
+
+    def loss(params):
+        terms = [
+            jnp.sum((SCALE * params[k]["lora_a"] @ params[k]["lora_b"] - targets[k]) ** 2) / 2
+            for k in dense
+        ]
+        return sum(terms)
+
+    return loss
+
+
+# --- lorapro ---------------------------------------------------------------------------------
+
+
+def test_lorapro_is_the_damped_solution_of_every_pair(x64):
+    params, grads, dense = trees.make()
+    tx = lp.lorapro(SCALE, damping=1e-4)
+    updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
+    assert state == optax.EmptyState()
+    for name, (a, b, G) in dense.items():
+        da, db = oracle.damped_solution(a, b, G, SCALE, 1e-4)
+        np.testing.assert_allclose(updates[name]["lora_a"], da, atol=1e-10)
+        np.testing.assert_allclose(updates[name]["lora_b"], db, atol=1e-10)
+
+
+def test_more_pairs_than_one_batch_holds(x64):
+    """Chunks of one shape, several shapes of one rank, and a remainder."""
+    shapes = {f"x{i:02d}": (6 + i % 3, 2 + i % 2, 5) for i in range(75)}
+    params, grads, dense = trees.make(shapes=shapes)
+    tx = lp.lorapro(SCALE, damping=1e-4)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    for name, (a, b, G) in dense.items():
+        expected = oracle.damped_solution(a, b, G, SCALE, 1e-4)
+        for leaf, truth in zip(("lora_a", "lora_b"), expected, strict=True):
+            np.testing.assert_allclose(updates[name][leaf], truth, atol=1e-9)
+
+
+def test_the_scale_may_differ_by_pair(x64):
+    params, _, dense = trees.make()
+    scales = {name: 0.5 + i for i, name in enumerate(dense)}
+    grads = {}
+    for name, (a, b, G) in dense.items():
+        h_a, h_b = oracle.factor_gradients(a, b, G, scales[name])
+        grads[name] = {"lora_a": jnp.asarray(h_a), "lora_b": jnp.asarray(h_b)}
+    tx = lp.lorapro(lambda path: scales[path], damping=0.0)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    for name, (a, b, G) in dense.items():
+        da, db = (np.asarray(updates[name][k]) for k in ("lora_a", "lora_b"))
+        step = scales[name] * (da @ b + a @ db)
+        np.testing.assert_allclose(step, oracle.projection(a, b, G), atol=1e-8)
+
+
+def test_leaves_in_no_pair_pass_through_untouched():
+    params, grads, _ = trees.make()
+    params["bias"], grads["bias"] = jnp.ones(3), jnp.arange(3.0)
+    tx = lp.lorapro(SCALE)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    assert updates["bias"] is grads["bias"]
+
+
+def test_with_sgd_it_is_the_papers_algorithm_1(x64):
+    """Ten steps on a quadratic, against a dense loop with scipy's Sylvester solver."""
+    params, _, dense = trees.make(seed=5)
+    targets = {k: G for k, (_, _, G) in dense.items()}
+    loss = quadratic(dense, targets)
+    tx = optax.chain(lp.lorapro(SCALE, damping=0.0), optax.sgd(0.05))
+    state = tx.init(params)
+    reference = {k: (a, b) for k, (a, b, _) in dense.items()}
+    for _ in range(10):
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        params = optax.apply_updates(params, updates)
+        for k, (a, b) in reference.items():
+            h = oracle.factor_gradients(a, b, SCALE * a @ b - targets[k], SCALE)
+            da, db = oracle.sylvester_minimiser(a, b, *h, SCALE)
+            reference[k] = (a - 0.05 * da, b - 0.05 * db)
+    for k, (a, b) in reference.items():
+        np.testing.assert_allclose(params[k]["lora_a"], a, atol=1e-9)
+        np.testing.assert_allclose(params[k]["lora_b"], b, atol=1e-9)
+
+
+# --- modes -----------------------------------------------------------------------------------
+
+
+def test_full_mode_is_a_dense_numpy_adam_over_100_steps(x64):
+    """Algorithm 2 with bias correction from step 1, every pair, moments and parameters."""
+    shapes = {"q": (10, 3, 8), "k": (10, 3, 8), "up": (7, 2, 12)}
+    params, _, dense = trees.make(seed=1, shapes=shapes)
+    targets = {k: 3 * G for k, (_, _, G) in dense.items()}
+    rate = 1e-2
+    tx = lp.lorapro_adamw(rate, SCALE, mode="full", damping=0.0)
+    loss = quadratic(dense, targets)
+    factors = {k: (a, b) for k, (a, b, _) in dense.items()}
+    adams = {k: oracle.Adam(G.shape) for k, (_, _, G) in dense.items()}
+    state = tx.init(params)
+    step = jax.jit(lambda p, s: tx.update(jax.grad(loss)(p), s, p))
+    for _ in range(100):
+        updates, state = step(params, state)
+        params = optax.apply_updates(params, updates)
+        for k, (a, b) in factors.items():
+            G = SCALE * a @ b - targets[k]
+            U = adams[k](oracle.projection(a, b, G))
+            h = oracle.factor_gradients(a, b, U, SCALE)
+            da, db = oracle.sylvester_minimiser(a, b, *h, SCALE)
+            factors[k] = (a - rate * da, b - rate * db)
+    full = state[0]
+    assert int(full.count) == 100
+    for k, (a, b) in factors.items():
+        np.testing.assert_allclose(params[k]["lora_a"], a, atol=1e-8)
+        np.testing.assert_allclose(params[k]["lora_b"], b, atol=1e-8)
+        np.testing.assert_allclose(full.mu[k], adams[k].m, atol=1e-8)
+        np.testing.assert_allclose(full.nu[k], adams[k].v, atol=1e-8)
+
+
+def test_efficient_mode_is_adam_on_the_projected_factors(x64):
+    params, _, dense = trees.make(seed=1)
+    targets = {k: G for k, (_, _, G) in dense.items()}
+    loss = quadratic(dense, targets)
+    tx = lp.lorapro_adamw(1e-2, SCALE, mode="efficient", damping=0.0)
+    factors = {k: (a, b) for k, (a, b, _) in dense.items()}
+    adams = {k: (oracle.Adam(a.shape), oracle.Adam(b.shape)) for k, (a, b, _) in dense.items()}
+    state = tx.init(params)
+    for _ in range(20):
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        params = optax.apply_updates(params, updates)
+        for k, (a, b) in factors.items():
+            h = oracle.factor_gradients(a, b, SCALE * a @ b - targets[k], SCALE)
+            da, db = oracle.sylvester_minimiser(a, b, *h, SCALE)
+            factors[k] = a - 1e-2 * adams[k][0](da), b - 1e-2 * adams[k][1](db)
+    for k, (a, b) in factors.items():
+        np.testing.assert_allclose(params[k]["lora_a"], a, atol=1e-8)
+        np.testing.assert_allclose(params[k]["lora_b"], b, atol=1e-8)
+
+
+@every_mode
+def test_stacked_layers_train_as_separate_ones(x64, mode):
+    params, _, dense = trees.make(shapes={f"l{i}": (8, 3, 12) for i in range(3)})
+    stacked = {"q": jax.tree.map(lambda *x: jnp.stack(x), *params.values())}
+    targets = {k: G for k, (_, _, G) in dense.items()}
+    layout = lp.layouts.FLAX.declare({"q": lp.LoRADimensionNumbers(a_batch=(0,), b_batch=(0,))})
+    loss = quadratic(dense, targets)
+
+    def stacked_loss(p):
+        return loss({k: jax.tree.map(lambda x, i=i: x[i], p["q"]) for i, k in enumerate(dense)})
+
+    def train(tx, p, loss):
+        state = tx.init(p)
+        for _ in range(5):
+            updates, state = tx.update(jax.grad(loss)(p), state, p)
+            p = optax.apply_updates(p, updates)
+        return p
+
+    one = train(lp.lorapro_adamw(1e-2, SCALE, mode=mode), params, loss)
+    other = train(lp.lorapro_adamw(1e-2, SCALE, mode=mode, layout=layout), stacked, stacked_loss)
+    trees.assert_close(
+        other, {"q": jax.tree.map(lambda *x: jnp.stack(x), *one.values())}, atol=1e-9
+    )
+
+
+@every_mode
+def test_leaves_in_no_pair_get_plain_adamw(x64, mode):
+    params, grads, _ = trees.make()
+    params["bias"], grads["bias"] = jnp.ones(3), jnp.arange(3.0)
+    tx = lp.lorapro_adamw(1e-2, SCALE, mode=mode, weight_decay=0.1)
+    adamw = optax.adamw(1e-2, weight_decay=0.1)
+    state, other = tx.init(params), adamw.init(params["bias"])
+    for _ in range(3):
+        updates, state = tx.update(grads, state, params)
+        expected, other = adamw.update(grads["bias"], other, params["bias"])
+        np.testing.assert_allclose(updates["bias"], expected, rtol=1e-12)
+
+
+def test_decay_shrinks_the_product_by_one_minus_lr_wd(x64):
+    params, grads, dense = trees.make()
+    zero = jax.tree.map(jnp.zeros_like, grads)
+    schedule = optax.piecewise_constant_schedule(1e-2, {1: 0.5})
+    tx = lp.lorapro_adamw(schedule, SCALE, weight_decay=0.3)
+    state, decayed = tx.init(params), 1.0
+    for rate in (1e-2, 5e-3):
+        updates, state = tx.update(zero, state, params)
+        params = optax.apply_updates(params, updates)
+        decayed *= 1 - rate * 0.3
+    for name, (a, b, _) in dense.items():
+        product = params[name]["lora_a"] @ params[name]["lora_b"]
+        np.testing.assert_allclose(product, decayed * a @ b, rtol=1e-10)
+
+
+def test_a_tiny_decay_survives_float32():
+    """sqrt(1 - 1e-8) is 1 in float32; the update must still be -lr wd / 2 of the factor."""
+    params, grads, _ = trees.make(dtype=jnp.float32)
+    zero = jax.tree.map(jnp.zeros_like, grads)
+    tx = lp.lorapro_adamw(1e-4, SCALE, weight_decay=1e-4)
+    updates, _ = tx.update(zero, tx.init(params), params)
+    trees.assert_close(updates, jax.tree.map(lambda p: -0.5e-8 * p, params), rtol=1e-5)
+
+
+# --- state -----------------------------------------------------------------------------------
+
+
+def byte_count(tree):
+    return sum(x.nbytes for x in jax.tree.leaves(tree) if x.ndim)
+
+
+def test_efficient_holds_what_adam_holds():
+    params, _, _ = trees.make(dtype=jnp.float32)
+    efficient = lp.scale_by_lorapro_adam(SCALE, mode="efficient").init(params)
+    assert byte_count(efficient) == byte_count(optax.scale_by_adam().init(params))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_full_holds_two_float32_kernels_a_pair(dtype):
+    params, _, dense = trees.make(dtype=dtype)
+    state = lp.scale_by_lorapro_adam(SCALE, mode="full").init(params)
+    assert byte_count(state) == sum(2 * 4 * G.size for _, _, G in dense.values())
+
+
+@every_mode
+def test_the_second_moment_is_never_bf16(mode):
+    params, grads, _ = trees.make(dtype=jnp.bfloat16)
+    tx = lp.scale_by_lorapro_adam(SCALE, mode=mode, mu_dtype=jnp.bfloat16)
+    state = tx.init(params)
+    _, new = tx.update(grads, state, params)
+    for s in (state, new):
+        dtypes = {str(x.dtype) for x in jax.tree.leaves(s) if x.ndim}
+        assert dtypes == {"bfloat16", "float32"}
+
+
+@every_mode
+def test_a_bf16_second_moment_would_not_decay_and_ours_does(mode):
+    params, grads, _ = trees.make(dtype=jnp.bfloat16)
+    tx = lp.scale_by_lorapro_adam(SCALE, mode=mode)
+    state = tx.init(params)
+    _, state = tx.update(grads, state, params)
+    zero = jax.tree.map(jnp.zeros_like, grads)
+    _, later = tx.update(zero, state, params)
+    for x, y in zip(_second_moments(state), _second_moments(later), strict=True):
+        np.testing.assert_allclose(y, 0.999 * x, rtol=1e-5)
+
+
+def _second_moments(state):
+    return [
+        leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+        if any(getattr(key, "name", "") == "nu" for key in path)
+    ]
+
+
+# --- precision -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 3e-5), (jnp.bfloat16, 4e-2)])
+def test_narrow_factors_come_within_a_stated_bound_of_float64(x64, dtype, bound):
+    """Relative error of the step, with the oracle given the same rounded inputs."""
+    params, grads, dense = trees.make(dtype=dtype)
+    tx = lp.lorapro(SCALE)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    for name in dense:
+        assert {x.dtype for x in jax.tree.leaves(updates[name])} == {jnp.dtype(dtype)}
+        a, b, h_a, h_b = (
+            np.asarray(tree[name][leaf], np.float64)
+            for tree in (params, grads)
+            for leaf in ("lora_a", "lora_b")
+        )
+        da, db = oracle.sylvester_minimiser(a, b, h_a, h_b, SCALE)
+        expected = SCALE * (da @ b + a @ db)
+        error = np.linalg.norm(trees.step(params[name], updates[name]) - expected)
+        assert error <= bound * np.linalg.norm(expected)
+
+
+# --- the optax contract on trees with pairs ----------------------------------------------------
+
+
+@every_transform
+def test_dtypes_and_structures_are_preserved(make):
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+        params, grads, _ = trees.make(dtype=dtype)
+        tx = make()
+        state = tx.init(params)
+        updates, new_state = jax.jit(tx.update)(grads, state, params)
+        assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, grads)
+        assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
+        before, after = (jax.tree.map(jax.typeof, s) for s in (state, new_state))
+        assert before == after
+
+
+@every_transform
+def test_extra_arguments_are_accepted_and_ignored(make):
+    params, grads, _ = trees.make()
+    tx = make()
+    with_extra, _ = tx.update(grads, tx.init(params), params, value=1.0, unexpected=object())
+    without, _ = tx.update(grads, tx.init(params), params)
+    trees.assert_close(with_extra, without)
+
+
+@every_transform
+def test_the_second_call_does_not_recompile(make):
+    params, grads, _ = trees.make()
+    tx = make()
+    update = jax.jit(tx.update)
+    updates, state = update(grads, tx.init(params), params)
+    update(grads, state, optax.apply_updates(params, updates))
+    assert update._cache_size() == 1
+
+
+@every_transform
+def test_lax_cond_and_scan_carry_the_state(make):
+    params, grads, _ = trees.make()
+    tx = make()
+
+    def body(carry, i):
+        p, s = carry
+        p, s = jax.lax.cond(
+            i % 2 == 0, lambda p, s: _apply(tx, grads, s, p), lambda p, s: (p, s), p, s
+        )
+        return (p, s), None
+
+    (scanned, _), _ = jax.lax.scan(body, (params, tx.init(params)), jnp.arange(4))
+    p, s = params, tx.init(params)
+    for _ in range(2):
+        p, s = _apply(tx, grads, s, p)
+    trees.assert_close(scanned, p, rtol=1e-6 if not jax.config.jax_enable_x64 else 1e-10)
+
+
+def _apply(tx, grads, state, params):
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+
+@every_transform
+def test_donated_buffers_give_the_same_step(make):
+    params, grads, _ = trees.make()
+    tx = make()
+    expected, _ = _apply(tx, grads, tx.init(params), params)
+    step = jax.jit(functools.partial(_apply, tx), donate_argnums=(1, 2))
+    got, state = step(grads, tx.init(params), jax.tree.map(jnp.copy, params))
+    trees.assert_close(got, expected, rtol=1e-6)
+    step(grads, state, got)
+
+
+@every_transform
+def test_map_params_and_empty_trees(make):
+    params, grads, _ = trees.make()
+    tx = make()
+    _, state = tx.update(grads, tx.init(params), params)
+    doubled = optax.tree.map_params(tx, lambda x: x, state)
+    trees.assert_close(doubled, state)
+    empty = tx.init({})
+    updates, after = tx.update({}, empty, {})
+    assert updates == {}
+    assert jax.tree.structure(after) == jax.tree.structure(empty)
+
+
+@every_transform
+def test_multi_steps_accumulates_to_the_mean_gradient(make):
+    params, grads, _ = trees.make()
+    tx = optax.MultiSteps(make(), every_k_schedule=2)
+    state = tx.init(params)
+    first, state = tx.update(jax.tree.map(lambda g: 0.5 * g, grads), state, params)
+    assert all(not np.any(x) for x in jax.tree.leaves(first))
+    second, _ = tx.update(jax.tree.map(lambda g: 1.5 * g, grads), state, params)
+    plain = make()
+    expected, _ = plain.update(grads, plain.init(params), params)
+    trees.assert_close(second, expected, rtol=1e-4, atol=1e-6)
+
+
+@every_transform
+def test_masked_and_partition_see_only_their_part(make):
+    params, grads, _ = trees.make()
+    params["bias"], grads["bias"] = jnp.ones(3), jnp.ones(3)
+    plain = make()
+    lora = {k: v for k, v in params.items() if k != "bias"}
+    expected, _ = plain.update({k: grads[k] for k in lora}, plain.init(lora), lora)
+    label = {k: jax.tree.map(lambda _: "lora" if k != "bias" else "rest", v)  # noqa: B023
+             for k, v in params.items()}  # fmt: skip
+    masked = optax.masked(make(), jax.tree.map(lambda name: name == "lora", label))
+    parts = optax.partition({"lora": make(), "rest": optax.set_to_zero()}, label)
+    for tx in (masked, parts):
+        updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+        trees.assert_close({k: updates[k] for k in lora}, expected, rtol=1e-6)
+
+
+@every_transform
+def test_non_finite_gradients_are_skipped_with_the_state_intact(make):
+    params, grads, _ = trees.make()
+    tx = optax.apply_if_finite(make(), max_consecutive_errors=3)
+    update = jax.jit(tx.update)
+    _, state = update(grads, tx.init(params), params)
+    for poison in (jnp.nan, jnp.inf):
+        bad = jax.tree.map(lambda g: g, grads)
+        bad["up"]["lora_a"] = bad["up"]["lora_a"].at[0, 0].set(poison)
+        updates, after = update(bad, state, params)
+        assert all(not np.any(x) for x in jax.tree.leaves(updates))
+        trees.assert_close(after.inner_state, state.inner_state)
+        assert int(after.notfinite_count) == 1
+
+
+def test_non_finite_gradients_of_one_pair_do_not_reach_another():
+    params, grads, _ = trees.make()
+    tx = lp.lorapro(SCALE)
+    clean, _ = tx.update(grads, tx.init(params), params)
+    grads["up"]["lora_a"] = grads["up"]["lora_a"] * jnp.nan
+    updates, _ = tx.update(grads, tx.init(params), params)
+    for name in ("also_up", "down", "wide"):
+        trees.assert_close(updates[name], clean[name])
+
+
+@every_mode
+def test_inject_hyperparams_traces_every_number(mode):
+    params, grads, _ = trees.make()
+    numbers = dict(b1=0.8, b2=0.99, eps=1e-7, weight_decay=0.1, damping=1e-5)
+    plain = lp.lorapro_adamw(1e-2, SCALE, mode=mode, **numbers)
+    injected = optax.inject_hyperparams(lp.lorapro_adamw, static_args=("mode",))(
+        learning_rate=1e-2, scale=SCALE, mode=mode, **numbers
+    )
+    state, other = jax.jit(injected.init)(params), plain.init(params)
+    for _ in range(3):
+        updates, state = jax.jit(injected.update)(grads, state, params)
+        expected, other = plain.update(grads, other, params)
+        trees.assert_close(updates, expected, rtol=2e-5, atol=1e-9)
+    state.hyperparams["learning_rate"] = jnp.zeros_like(state.hyperparams["learning_rate"])
+    updates, _ = jax.jit(injected.update)(grads, state, params)
+    assert all(not np.any(x) for x in jax.tree.leaves(updates))
+
+
+# --- refusals --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_scale_that_is_no_scale(scale):
+    for make in (lp.lorapro, functools.partial(lp.lorapro_adamw, 1e-3)):
+        with pytest.raises(ValueError, match="scale must be positive and finite"):
+            make(scale)
+    params, grads, _ = trees.make()
+    tx = lp.lorapro(lambda path: scale)
+    with pytest.raises(ValueError, match="also_up: scale must be positive"):
+        tx.update(grads, tx.init(params), params)
+
+
+def test_unknown_names_and_numbers_out_of_range():
+    with pytest.raises(ValueError, match="mode must be one of full, efficient, not 'fast'"):
+        lp.scale_by_lorapro_adam(SCALE, mode="fast")
+    with pytest.raises(ValueError, match="x must be one of sylvester, zero, symmetric"):
+        lp.lorapro(SCALE, x="newton")
+    for kwargs in ({"b1": 1.0}, {"b2": -0.1}, {"eps": float("nan")}, {"damping": -1.0}):
+        with pytest.raises(ValueError, match=rf"{next(iter(kwargs))} must be in"):
+            lp.scale_by_lorapro_adam(SCALE, **kwargs)
+    for kwargs in ({"learning_rate": -1.0}, {"weight_decay": -0.1, "learning_rate": 1e-3}):
+        with pytest.raises(ValueError, match="must be in"):
+            lp.lorapro_adamw(scale=SCALE, **kwargs)
+
+
+@every_transform
+def test_params_are_required(make):
+    params, grads, _ = trees.make()
+    tx = make()
+    with pytest.raises(ValueError, match=r"update\(updates, state, params\)"):
+        tx.update(grads, tx.init(params))
+
+
+@every_transform
+def test_an_integer_leaf_is_refused_by_name(make):
+    params, grads, _ = trees.make()
+    params["table"] = grads["table"] = jnp.arange(3)
+    tx = make()
+    with pytest.raises(ValueError, match="table has dtype int"):
+        tx.init(params)
+    good, _, _ = trees.make()
+    with pytest.raises(ValueError, match="table has dtype int"):
+        tx.update(grads, tx.init(good), params)
+
+
+@every_transform
+def test_no_pair_is_an_error_unless_asked_for(make):
+    params = {"kernel": jnp.ones((3, 3))}
+    with pytest.raises(ValueError, match="none of 1 leaves is a LoRA factor"):
+        make().init(params)
+    tx = make(require_pairs=False)
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert updates["kernel"].shape == (3, 3)
