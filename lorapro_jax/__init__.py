@@ -4,11 +4,12 @@ import lorapro_jax as lp
 tx = lp.freeze_base(lp.lorapro_adamw(1e-4, scale=2.0, mode="full"))
 """
 
-from lorapro_jax import layouts
+from lorapro_jax import layouts, linen, nnx
 from lorapro_jax._diagnostics import PairDiagnostics, diagnose
 from lorapro_jax._layouts import Layout, LoRADimensionNumbers
 from lorapro_jax._partition import freeze_base, labels, merge, split
 from lorapro_jax._transform import lorapro, lorapro_adamw, scale_by_lorapro_adam
+from lorapro_jax.linen import merge_lora
 
 __all__ = [
     "LoRADimensionNumbers",
@@ -18,9 +19,12 @@ __all__ = [
     "freeze_base",
     "labels",
     "layouts",
+    "linen",
     "lorapro",
     "lorapro_adamw",
     "merge",
+    "merge_lora",
+    "nnx",
     "scale_by_lorapro_adam",
     "split",
 ]
