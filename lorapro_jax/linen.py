@@ -21,7 +21,7 @@ from jaxtyping import Array
 from lorapro_jax import _adapter
 from lorapro_jax._paths import no_match_error, path_str
 
-Scale = float | Array | Callable[[str], Any]
+Scale = float | int | Array | Callable[[str], Any]
 
 # The functions below flax's wrappers: intercepting these, and not subclasses' overrides or the
 # outer shell of a lifted transformation, adapts each linear map exactly once.

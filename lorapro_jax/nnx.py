@@ -121,11 +121,11 @@ def _scale(alpha: float, rank: int, rslora: bool) -> float:
 def add_lora(
     model: nnx.Module,
     rank: int = 8,
-    alpha: float = 16.0,
+    alpha: float | int = 16.0,
     *,
     targets: str,
     rslora: bool = False,
-    dropout: float = 0.0,
+    dropout: float | int = 0.0,
     dtype: Any = None,
     rngs: nnx.Rngs,
 ) -> None:
