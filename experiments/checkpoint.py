@@ -19,7 +19,9 @@ import json
 import logging
 import os
 import pathlib
+import re
 import shutil
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,6 +39,7 @@ CONFIG, FINAL, RESULT, CHECKPOINTS = (
 )
 KEPT = 2  # the last checkpoint, and the one before while it is written
 _TEMPORARY = ".partial"
+_TRIES = 20  # to remove a folder that is still written to, a tenth of a second apart
 
 
 @contextlib.contextmanager
@@ -48,15 +51,14 @@ def explained(what: str, path: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        text = str(error)
-        if isinstance(error, ValueError) and "os_error_code" not in text:
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if isinstance(error, ValueError) and code is None:
             raise
-        number = getattr(error, "errno", None) or errno.EIO
-        reason = os.strerror(number) if number != errno.EIO else text.rsplit(":", 1)[-1].strip()
+        number = int(code[1]) if code else (getattr(error, "errno", None) or errno.EIO)
         raise OSError(
             number,
-            f"could not write {what} ({reason}); what was there before is intact. Make room, or "
-            "choose another --out, and give the same command again: it goes on from there",
+            f"could not write {what} ({os.strerror(number)}); what was there before is intact. "
+            "Make room, or choose another --out, and give the same command again: it goes on there",
             str(path),
         ) from error
 
@@ -145,8 +147,20 @@ class Checkpoints:
             )
 
     def _remove_unfinished(self) -> None:
-        for left in self.path.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(left)
+        # After a failed write, other threads of Orbax may still be writing into the folder.
+        for _ in range(_TRIES):
+            left = list(self.path.glob("*.orbax-checkpoint-tmp*"))
+            for folder in left:
+                shutil.rmtree(folder, ignore_errors=True)
+            if not left:
+                return
+            time.sleep(0.1)
+
+    def _check_room(self, arrays: Any) -> None:
+        """Finds a full disk before Orbax does, whose threads would each print their own error."""
+        needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays))
+        if shutil.disk_usage(self.path).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
     def save(self, step: int, arrays: Any, progress: dict) -> None:
         """Saves `arrays` (a pytree) and `progress` (JSON) after `step` steps; returns when done."""
@@ -155,6 +169,7 @@ class Checkpoints:
         )
         try:
             with explained(f"the checkpoint of step {step}", self.path), _quiet_orbax():
+                self._check_room(arrays)
                 self._manager.save(step, args=items)
         except OSError:
             self._remove_unfinished()

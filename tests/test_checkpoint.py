@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import json
 import resource
 
@@ -28,6 +29,10 @@ def file_size_limit(size: int):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+# A failed write leaves coroutines of Orbax behind that complain when they are collected.
+abandoned = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 def arrays(seed: int):
@@ -68,12 +73,14 @@ def test_a_checkpoint_cut_short_by_a_kill_is_removed(tmp_path):
     assert [path.name for path in again.path.iterdir()] == ["1"]
 
 
+@abandoned
 @pytest.mark.parametrize("limit", [10, 100_000])  # in the first file, in the arrays
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, limit):
     saved = Checkpoints(tmp_path)
     saved.save(1, arrays(1), {})
     with file_size_limit(limit), pytest.raises(OSError, match="checkpoint of step 2") as caught:
         saved.save(2, arrays(2), {})
+    gc.collect()
     assert str(saved.path) in str(caught.value)
     assert "Make room" in str(caught.value)
     assert [path.name for path in saved.path.iterdir()] == ["1"]
