@@ -1,0 +1,134 @@
+"""The update alone, on the adapters of T5-base: ours, plain Adam, and lora-pro-adamw on PyTorch.
+
+    python -m experiments.bench.update [--rounds 20]
+
+192 pairs, 144 of 768 x 768 and 48 of 768 x 3072 (half of them transposed), r = 8, float32, random
+factors and gradients. One call is one whole optimizer step, parameters included, jitted with
+donated buffers. The reference is optax.adamw on the same tree. The PyTorch rows appear where
+`torch` and `lora-pro-adamw` are installed (pip install torch==2.13.0; pip install --no-deps
+lora-pro-adamw==0.2.1); its efficient mode runs its default solver.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import pathlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from rich.console import Console
+
+import lorapro_jax as lp
+from experiments.bench import timing
+
+SHAPES = [(768, 768)] * 144 + [(768, 3072)] * 24 + [(3072, 768)] * 24
+SCALE = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is measured; the defaults are T5-base's adapters."""
+
+    rounds: int = 20
+    slow_rounds: int = 5  # of the variants that take seconds
+    rank: int = 8
+    results: pathlib.Path = pathlib.Path("experiments/results/bench_update.jsonl")
+
+
+def tree(rank: int, shapes: list[tuple[int, int]], seed: int) -> dict:
+    """{name: {lora_a (m, r), lora_b (r, n)}} of standard normals over sqrt(m), float32."""
+    rng = np.random.default_rng(seed)
+
+    def factor(rows: int, cols: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=(rows, cols)) / np.sqrt(768), jnp.float32)
+
+    return {
+        f"layer_{i:03d}": {"lora_a": factor(m, rank), "lora_b": factor(rank, n)}
+        for i, (m, n) in enumerate(shapes)
+    }
+
+
+def transformations() -> dict[str, optax.GradientTransformation]:
+    """The reference and our modes."""
+    return {
+        "adamw": optax.adamw(1e-4, weight_decay=0.0),
+        "efficient": lp.lorapro_adamw(1e-4, SCALE, mode="efficient"),
+        "full": lp.lorapro_adamw(1e-4, SCALE, mode="full"),
+    }
+
+
+def stepper(tx: optax.GradientTransformation, params: dict, grads: dict) -> tuple[Callable, int]:
+    """(one whole step, bytes of optimizer state); the step keeps its own parameters and state."""
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    carry = [jax.tree.map(jnp.copy, params), tx.init(params)]
+    held = sum(x.nbytes for x in jax.tree.leaves(carry[1]) if x.ndim)
+
+    def call() -> None:
+        carry[:] = step(*carry, grads)
+        jax.block_until_ready(carry)
+
+    return call, held
+
+
+def torch_steppers(params: dict, grads: dict, rank: int) -> dict[str, Callable]:
+    """The PyTorch package in both modes, on the same numbers."""
+    import torch
+    from lora_pro import LoRAProAdamW
+
+    class Pair(torch.nn.Module):
+        def __init__(self, node: dict):
+            super().__init__()
+            # its A is (r, in) and its B (out, r): the transposes of our b and a
+            self.lora_A = torch.nn.Parameter(torch.tensor(np.array(node["lora_a"]).T.copy()))
+            self.lora_B = torch.nn.Parameter(torch.tensor(np.array(node["lora_b"]).T.copy()))
+            self.lora_alpha, self.r = SCALE * rank, rank
+
+    def one(mode: str) -> Callable:
+        model = torch.nn.ModuleList(Pair(node) for node in params.values())
+        optimizer = LoRAProAdamW(model, lr=1e-4, weight_decay=0.0, lorapro_mode=mode)
+        gradients = [
+            torch.tensor(np.array(node[name]).T.copy())
+            for node in grads.values()
+            for name in ("lora_a", "lora_b")
+        ]
+
+        def call() -> None:
+            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                parameter.grad = gradient.clone()  # the package overwrites gradients in place
+            optimizer.step()
+
+        return call
+
+    return {f"torch {mode}": one(mode) for mode in ("efficient", "full")}
+
+
+def main(settings: Settings) -> None:
+    """Measures, shows, and appends one JSON line per variant."""
+    params, grads = (tree(settings.rank, SHAPES, seed) for seed in (0, 1))
+    made = {name: stepper(tx, params, grads) for name, tx in transformations().items()}
+    calls = {name: call for name, (call, _) in made.items()}
+    few = {"full": settings.slow_rounds}
+    if all(importlib.util.find_spec(name) for name in ("torch", "lora_pro")):
+        theirs = torch_steppers(params, grads, settings.rank)
+        calls |= theirs
+        few |= dict.fromkeys(theirs, settings.slow_rounds)
+    else:
+        Console().print("torch or lora_pro is not installed: its rows are left out")
+    rows = timing.summary(timing.by_turns(calls, settings.rounds, few), "adamw")
+    for row in rows:
+        row["state_bytes"] = made[row["variant"]][1] if row["variant"] in made else None
+    timing.show(rows, f"one update of {len(SHAPES)} pairs, r = {settings.rank}, float32")
+    timing.append(rows, "update", settings, settings.results)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))
