@@ -163,4 +163,4 @@ def test_folding_rounds_once_to_the_kernel_s_dtype():
         a, np.float64
     ) @ np.asarray(b, np.float64)
     assert folded.dtype == jnp.bfloat16
-    np.testing.assert_allclose(folded.astype(np.float64), exact, rtol=2**-8, atol=1e-6)
+    np.testing.assert_allclose(np.asarray(folded, np.float64), exact, rtol=2**-8, atol=1e-6)
