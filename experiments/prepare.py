@@ -13,6 +13,9 @@ from experiments.config import RunConfig
 from experiments.data.batching import BUCKETS
 
 EVAL_BATCH = 64
+# Below this many steps, compiling for a length costs more than padding to twice it: on 2 CPU cores
+# a program takes seconds, a step of MiniLM half a second.
+FEW_STEPS = 1000
 DATA_SEED = 0  # draws the task and the validation subset: the same for every run
 
 
@@ -60,6 +63,13 @@ def subset(available: int, count: int, seed: int) -> list[int]:
     return sorted(np.random.default_rng(seed).permutation(available)[:count].tolist())
 
 
+def lengths(run: RunConfig, examples: int) -> tuple[int, ...]:
+    """The lengths that batches are padded to: every bucket, or every second for a short run."""
+    few = run.epochs * examples < FEW_STEPS * run.batch_size
+    offered = BUCKETS[1::2] if few else BUCKETS
+    return (*(length for length in offered if length < run.max_length), run.max_length)
+
+
 def build(run: RunConfig, loaded: Data) -> tuple[train.Setup, nnx.State]:
     """The run's setup and initial trainable parameters, all from its configuration."""
     rngs = nnx.Rngs(run.seed)
@@ -71,7 +81,7 @@ def build(run: RunConfig, loaded: Data) -> tuple[train.Setup, nnx.State]:
         dtype=jnp.dtype(run.dtype),
     )
     graph, params, frozen = methods.split(model, run, rngs)
-    buckets = (*(b for b in BUCKETS if b < run.max_length), run.max_length)
+    buckets = lengths(run, len(loaded.train))
     batches = data.train_batches(
         loaded.train, run.batch_size, seed=run.seed, epochs=run.epochs, buckets=buckets
     )

@@ -333,6 +333,12 @@ def test_a_curve_is_thinned_by_means():
     assert finetune.thinned([1.0, 2.0], 200) == [[1, 1.0], [2, 2.0]]
 
 
+def test_short_runs_compile_for_fewer_lengths():
+    assert prepare.lengths(run_config(max_length=128), 64) == (32, 64, 128)
+    assert prepare.lengths(run_config(max_length=40), 10_000) == (16, 32, 40)
+    assert prepare.lengths(run_config(max_length=200), 64) == (32, 64, 128, 200)
+
+
 def test_subsets_are_seeded_and_nested_in_the_split():
     assert prepare.subset(10, 0, 0) == list(range(10))
     assert prepare.subset(100, 20, 1) == prepare.subset(100, 20, 1) != prepare.subset(100, 20, 2)
