@@ -1,7 +1,6 @@
 """LoRA-Pro for JAX: low-rank adapters whose steps are closest to full fine-tuning.
 
-import lorapro_jax as lp
-tx = lp.freeze_base(lp.lorapro_adamw(1e-4, scale=2.0, mode="full"))
+`tx = lp.freeze_base(lp.lorapro_adamw(1e-4, scale=2.0))` trains the adapters of a Flax model.
 """
 
 from lorapro_jax import layouts, linen, nnx

@@ -22,7 +22,6 @@ import zlib
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.core import Tracer
 from jaxtyping import Array, Float
 
 _SymbolicZero = jax.custom_derivatives.SymbolicZero
@@ -152,17 +151,3 @@ def factor_dtype(dtype, kernel_dtype):
     if not jnp.issubdtype(found, jnp.floating):
         raise ValueError(f"the factors' dtype is {found}; they are trained: pass a floating dtype")
     return found
-
-
-def check_rank(rank: int) -> None:
-    """Raises unless `rank` is a positive int."""
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"rank is {rank!r}; pass an int of at least 1")
-
-
-def check_scale(name: str, value) -> None:
-    """Raises if a concrete scale is not a positive finite number; a traced one is not looked at."""
-    if isinstance(value, Tracer):
-        return
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} is {value!r}; pass a positive finite number")

@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.core
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from lorapro_jax import _solve
+from lorapro_jax._checks import check_scale
 from lorapro_jax._layouts import Pair, flatten, read
 from lorapro_jax._solve import Spectrum
 
@@ -37,18 +37,6 @@ class Problem(NamedTuple):
 
 
 Scale = float | Array | Callable[[str], float]
-
-
-def check_scale(scale: Any, where: str = "scale") -> None:
-    """Raises ValueError unless `scale` is a positive number, traced, or a callable."""
-    if callable(scale) or isinstance(scale, jax.core.Tracer):
-        return
-    value = float(scale)
-    if not 0 < value < float("inf"):
-        raise ValueError(
-            f"{where} must be positive and finite, not {value}: it is the factor s of "
-            "K = K0 + s a b in the forward pass, alpha / rank or alpha / sqrt(rank)"
-        )
 
 
 def aligned(paths: list[str], leaves: list[Any], params: Any) -> list[Any]:

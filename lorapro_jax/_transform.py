@@ -4,30 +4,17 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
 from lorapro_jax import _solve
-from lorapro_jax._batch import Scale, aligned, all_steps, check_scale, problems
+from lorapro_jax._batch import Scale, aligned, all_steps, problems
+from lorapro_jax._checks import check_between, check_one_of, check_scale
 from lorapro_jax._full import full_mode
 from lorapro_jax._layouts import Layout, check_leaves, factor_indices, find_pairs, flatten, write
 
 MODES = ("full", "efficient")
-
-
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
-
-
-def _check_between(name: str, value: Any, low: float, high: float) -> None:
-    """low <= value < high, where the value is concrete; NaN fails."""
-    if isinstance(value, jax.core.Tracer) or callable(value):
-        return
-    if not low <= float(value) < high:
-        raise ValueError(f"{name} must be in [{low}, {high}), not {float(value)}")
 
 
 def lorapro(
@@ -77,8 +64,8 @@ def lorapro(
       Wang et al., LoRA-Pro, arXiv:2407.18242: Theorem 2.1, Algorithm 1.
     """
     check_scale(scale)
-    _one_of("x", x, _solve.CHOICES)
-    _check_between("damping", damping, 0.0, float("inf"))
+    check_one_of("x", x, _solve.CHOICES)
+    check_between("damping", damping, 0.0, float("inf"))
 
     def init(params):
         paths, leaves, _ = flatten(params)
@@ -167,10 +154,10 @@ def scale_by_lorapro_adam(
     References:
       Wang et al., LoRA-Pro, arXiv:2407.18242: Algorithm 2 (full), version 2 (efficient).
     """
-    _one_of("mode", mode, MODES)
-    _check_between("b1", b1, 0.0, 1.0)
-    _check_between("b2", b2, 0.0, 1.0)
-    _check_between("eps", eps, 0.0, float("inf"))
+    check_one_of("mode", mode, MODES)
+    check_between("b1", b1, 0.0, 1.0)
+    check_between("b2", b2, 0.0, 1.0)
+    check_between("eps", eps, 0.0, float("inf"))
     projection = lorapro(scale, x=x, damping=damping, layout=layout, require_pairs=require_pairs)
     adam = _adam(b1, b2, eps, mu_dtype)
     if mode == "efficient":
@@ -264,8 +251,9 @@ def lorapro_adamw(
     References:
       Wang et al., LoRA-Pro, arXiv:2407.18242; the first release's code for the decay.
     """
-    _check_between("learning_rate", learning_rate, 0.0, float("inf"))
-    _check_between("weight_decay", weight_decay, 0.0, float("inf"))
+    if not callable(learning_rate):
+        check_between("learning_rate", learning_rate, 0.0, float("inf"))
+    check_between("weight_decay", weight_decay, 0.0, float("inf"))
     return optax.chain(
         scale_by_lorapro_adam(
             scale,

@@ -19,6 +19,7 @@ from jax import lax
 from jaxtyping import Array
 
 from lorapro_jax import _adapter
+from lorapro_jax._checks import check_rank, check_scale
 from lorapro_jax._paths import no_match_error, path_str
 
 Scale = float | int | Array | Callable[[str], Any]
@@ -44,7 +45,7 @@ def _under(module: str, leaf: str) -> str:
 
 def _scale_at(scale: Scale, path: str):
     value = scale(path) if callable(scale) else scale
-    _adapter.check_scale(f"the scale of {path}", value)
+    check_scale(value, f"{path}: scale")
     return value
 
 
@@ -124,7 +125,7 @@ def init_lora(
     References:
       LoRA, arXiv:2106.09685, section 4.1.
     """
-    _adapter.check_rank(rank)
+    check_rank(rank)
     kernels = {_module_of(path, "kernel"): leaf for path, leaf in _leaves(params).items()}
     kernels = {path: leaf for path, leaf in kernels.items() if path is not None}
     matched = {path: leaf for path, leaf in kernels.items() if re.fullmatch(targets, path)}

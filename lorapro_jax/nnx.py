@@ -13,6 +13,7 @@ from flax.nnx.nn import dtypes
 from jax import lax
 
 from lorapro_jax import _adapter
+from lorapro_jax._checks import check_positive, check_rank
 from lorapro_jax._paths import no_match_error
 
 
@@ -169,8 +170,8 @@ def add_lora(
     References:
       LoRA, arXiv:2106.09685, section 4.1; rsLoRA, arXiv:2312.03732, theorem 3.2.
     """
-    _adapter.check_rank(rank)
-    _adapter.check_scale("alpha", alpha)
+    check_rank(rank)
+    check_positive("alpha", alpha)
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout!r}; pass a rate in [0, 1)")
     shapes = {

@@ -1,0 +1,52 @@
+"""Imports point one way: within the library, and from the experiments to its public names."""
+
+import ast
+import pathlib
+
+import lorapro_jax as lp
+
+ROOT = pathlib.Path(lp.__file__).parent.parent
+ORDER = [
+    "_paths", "_checks", "_solve", "_layouts", "_batch", "_full", "_transform", "_partition",
+    "_diagnostics", "_adapter", "linen", "nnx", "layouts", "__init__",
+]  # fmt: skip
+
+
+def imports(path):
+    """Dotted names that a file imports: a.b for `import a.b` and for `from a import b`."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_the_library_imports_upwards_only():
+    for path in (ROOT / "lorapro_jax").glob("*.py"):
+        for name in imports(path):
+            if name.startswith("lorapro_jax."):
+                module = name.split(".")[1]
+                assert ORDER.index(module) < ORDER.index(path.stem), f"{path.stem} -> {module}"
+
+
+def test_the_solver_knows_neither_trees_nor_optax():
+    names = set(imports(ROOT / "lorapro_jax" / "_solve.py"))
+    assert not {name for name in names if name.startswith(("optax", "flax", "lorapro_jax"))}
+
+
+def test_experiments_use_public_names_only():
+    for path in (ROOT / "experiments").rglob("*.py"):
+        for name in imports(path):
+            assert not name.startswith("lorapro_jax._"), f"{path} imports {name}"
+            assert name != "tests", path
+
+
+def test_the_library_never_imports_the_experiments():
+    for path in (ROOT / "lorapro_jax").glob("*.py"):
+        assert not [name for name in imports(path) if name.startswith(("experiments", "tests"))]
+
+
+def test_every_public_name_exists_and_is_documented():
+    for name in lp.__all__:
+        assert getattr(lp, name).__doc__, name
