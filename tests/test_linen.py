@@ -279,9 +279,9 @@ def test_an_adapter_that_no_layer_used_is_an_error():
 @pytest.mark.parametrize("scale", [0.0, -1.0, math.nan, math.inf])
 def test_bad_scales(scale):
     model, variables, factors = setup(targets="first")
-    with pytest.raises(ValueError, match="the scale of first is"):
+    with pytest.raises(ValueError, match="first: scale must be positive and finite"):
         lora.apply_with_lora(model, variables, factors, inputs(), scale=scale)
-    with pytest.raises(ValueError, match="the scale of first is"):
+    with pytest.raises(ValueError, match="first: scale must be positive and finite"):
         lora.merge_lora(variables["params"], factors, scale)
 
 
