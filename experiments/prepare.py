@@ -1,6 +1,7 @@
 """A run's data, model and optimizer, made from its configuration alone: the same at every start."""
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -13,9 +14,9 @@ from experiments.config import RunConfig
 from experiments.data.batching import BUCKETS
 
 EVAL_BATCH = 64
-# Below this many steps, compiling for a length costs more than padding to twice it: on 2 CPU cores
-# a program takes seconds, a step of MiniLM half a second.
-FEW_STEPS = 1000
+# What compiling for one more length costs, in steps x tokens of its padding: on 2 CPU cores a
+# program takes about as long as a dozen steps of 32 tokens.
+COMPILATION = 400
 DATA_SEED = 0  # draws the task and the validation subset: the same for every run
 
 
@@ -63,11 +64,23 @@ def subset(available: int, count: int, seed: int) -> list[int]:
     return sorted(np.random.default_rng(seed).permutation(available)[:count].tolist())
 
 
-def lengths(run: RunConfig, examples: int) -> tuple[int, ...]:
-    """The lengths that batches are padded to: every bucket, or every second for a short run."""
-    few = run.epochs * examples < FEW_STEPS * run.batch_size
-    offered = BUCKETS[1::2] if few else BUCKETS
-    return (*(length for length in offered if length < run.max_length), run.max_length)
+def lengths(run: RunConfig, tokens: np.ndarray) -> tuple[int, ...]:
+    """The lengths to pad batches to: those that cost least in padding and compilation together.
+
+    `tokens` (examples,) are the lengths of the training examples; the last one is max_length.
+    """
+    tokens = np.minimum(tokens, run.max_length)
+    steps = run.epochs / run.batch_size  # per example
+
+    def cost(chosen: tuple[int, ...]) -> float:
+        padded = np.asarray(chosen)[np.searchsorted(chosen, tokens)]
+        return steps * padded.sum() + COMPILATION * len(np.unique(padded))
+
+    offered = [length for length in BUCKETS if length < run.max_length]
+    choices = itertools.chain.from_iterable(
+        itertools.combinations(offered, count) for count in range(len(offered) + 1)
+    )
+    return min(((*chosen, run.max_length) for chosen in choices), key=cost)
 
 
 def build(run: RunConfig, loaded: Data) -> tuple[train.Setup, nnx.State]:
@@ -81,7 +94,7 @@ def build(run: RunConfig, loaded: Data) -> tuple[train.Setup, nnx.State]:
         dtype=jnp.dtype(run.dtype),
     )
     graph, params, frozen = methods.split(model, run, rngs)
-    buckets = lengths(run, len(loaded.train))
+    buckets = lengths(run, loaded.train.lengths)
     batches = data.train_batches(
         loaded.train, run.batch_size, seed=run.seed, epochs=run.epochs, buckets=buckets
     )

@@ -22,6 +22,7 @@ import safetensors.numpy
 
 from experiments import config, finetune, methods, prepare, train
 from experiments.config import Command, RunConfig
+from experiments.data.batching import BUCKETS
 from experiments.methods import METHODS
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -333,10 +334,14 @@ def test_a_curve_is_thinned_by_means():
     assert finetune.thinned([1.0, 2.0], 200) == [[1, 1.0], [2, 2.0]]
 
 
-def test_short_runs_compile_for_fewer_lengths():
-    assert prepare.lengths(run_config(max_length=128), 64) == (32, 64, 128)
-    assert prepare.lengths(run_config(max_length=40), 10_000) == (16, 32, 40)
-    assert prepare.lengths(run_config(max_length=200), 64) == (32, 64, 128, 200)
+def test_a_length_is_compiled_for_only_where_it_saves_more_padding():
+    short = np.full(100_000, 10)
+    assert prepare.lengths(run_config(max_length=128), short)[0] == 16
+    few = np.array([10] * 64 + [60] * 64)
+    assert prepare.lengths(run_config(max_length=128), few) == (64, 128)
+    assert prepare.lengths(run_config(max_length=40), np.arange(200))[-1] == 40
+    many = np.tile(np.arange(1, 129), 10_000)
+    assert prepare.lengths(run_config(max_length=128), many) == BUCKETS
 
 
 def test_subsets_are_seeded_and_nested_in_the_split():
