@@ -1,20 +1,15 @@
 """The adapters' own path: a MiniLM-shaped training step under LoRA against full fine-tuning.
 
-    python -m experiments.bench.adapter [--repeats 15]
+    python -m experiments.bench.adapter [--rounds 15]
 
 Six BERT layers, 384 wide, on 32 x 64 positions with random weights, rank 8 on all 36 linears; one
 jitted value_and_grad a variant. The Linen encoder runs on (B, T, D), the NNX one (that of
 experiments.models) on (B T, D), so each has its own full fine-tuning and its own floor: a backward
-pass that reaches the bottom of the stack without any weight's gradient. Variants take turns within
-a repeat; a ratio is the median of the ratios to full fine-tuning in the same repeat, which a busy
-machine disturbs least.
+pass that reaches the bottom of the stack without any weight's gradient.
 """
 
 import dataclasses
-import json
 import pathlib
-import statistics
-import time
 from collections.abc import Callable
 
 import jax
@@ -22,11 +17,9 @@ import jax.numpy as jnp
 import tyro
 from flax import linen as nn
 from flax import nnx
-from rich.console import Console
-from rich.table import Table
 
+from experiments.bench import timing
 from experiments.models.bert import BertConfig, BertLayer, attend, gelu
-from experiments.provenance import provenance
 from lorapro_jax import linen as lora_linen
 from lorapro_jax import nnx as lora_nnx
 
@@ -45,7 +38,7 @@ NNX_LINEARS = r"layers/\d+/(attention/(query|key|value|out)|up|down)"
 class Settings:
     """What is measured; the defaults are the issue's."""
 
-    repeats: int = 15
+    rounds: int = 15
     batch: int = 32
     length: int = 64
     rank: int = 8
@@ -201,58 +194,27 @@ def nnx_variants(settings: Settings) -> list[Variant]:
     ]
 
 
-def measure(variants: list[Variant], repeats: int) -> list[list[float]]:
-    """Seconds of each variant in each repeat; the order turns round from one repeat to the next."""
-    steps = [jax.jit(jax.value_and_grad(variant.step)) for variant in variants]
-    times: list[list[float]] = [[] for _ in variants]
-    for repeat in range(-1, repeats):  # the first round compiles and is not counted
-        for i in range(len(variants))[:: 1 if repeat % 2 else -1]:
-            start = time.perf_counter()
-            jax.block_until_ready(steps[i](variants[i].trainable, variants[i].frozen))
-            if repeat >= 0:
-                times[i].append(time.perf_counter() - start)
-    return times
+def measure(variants: list[Variant], rounds: int) -> list[dict]:
+    """Seconds of each step, and its ratio to full fine-tuning in the same framework."""
 
+    def call(variant: Variant) -> Callable[[], None]:
+        step = jax.jit(jax.value_and_grad(variant.step))
+        return lambda: jax.block_until_ready(step(variant.trainable, variant.frozen))
 
-def summarise(variants: list[Variant], times: list[list[float]]) -> list[dict]:
-    """Median and minimum seconds, and the ratio to full fine-tuning in the same framework."""
-    full = {v.framework: t for v, t in zip(variants, times, strict=True) if v.name == "full"}
+    calls = {(variant.framework, variant.name): call(variant) for variant in variants}
+    times = timing.by_turns(calls, rounds)
     rows = []
-    for variant, own in zip(variants, times, strict=True):
-        reference = full[variant.framework]
-        rows.append(
-            {
-                "framework": variant.framework,
-                "variant": variant.name,
-                "median_s": statistics.median(own),
-                "min_s": min(own),
-                "ratio": statistics.median(t / f for t, f in zip(own, reference, strict=True)),
-                "min_ratio": min(own) / min(reference),
-            }
-        )
+    for framework in dict.fromkeys(variant.framework for variant in variants):
+        own = {name: t for (where, name), t in times.items() if where == framework}
+        rows += [{"framework": framework, **row} for row in timing.summary(own, "full")]
     return rows
-
-
-def show(rows: list[dict]) -> None:
-    """The table on the terminal."""
-    table = Table("model", "step", "median s", "min s", "ratio to full", "of the minima")
-    for row in rows:
-        numbers = (row[k] for k in ("median_s", "min_s", "ratio", "min_ratio"))
-        table.add_row(row["framework"], row["variant"], *(f"{n:.3f}" for n in numbers))
-    Console().print(table)
 
 
 def main(settings: Settings) -> None:
     """Measures, shows, and appends one JSON line per variant."""
-    variants = linen_variants(settings) + nnx_variants(settings)
-    rows = summarise(variants, measure(variants, settings.repeats))
-    show(rows)
-    born = provenance()
-    config = {k: v for k, v in dataclasses.asdict(settings).items() if k != "results"}
-    settings.results.parent.mkdir(parents=True, exist_ok=True)
-    with settings.results.open("a") as file:
-        for row in rows:
-            file.write(json.dumps({"bench": "adapter", **row, "config": config, **born}) + "\n")
+    rows = measure(linen_variants(settings) + nnx_variants(settings), settings.rounds)
+    timing.show(rows, f"one step, {settings.batch} x {settings.length} tokens, r = {settings.rank}")
+    timing.append(rows, "adapter", settings, settings.results)
 
 
 if __name__ == "__main__":

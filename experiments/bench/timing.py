@@ -10,7 +10,7 @@ import json
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -20,13 +20,13 @@ from experiments.provenance import provenance
 
 
 def by_turns(
-    calls: Mapping[str, Callable[[], Any]], rounds: int, few: Mapping[str, int] | None = None
-) -> dict[str, list[float]]:
+    calls: Mapping[Hashable, Callable[[], Any]], rounds: int, few: Mapping[str, int] | None = None
+) -> dict[Hashable, list[float]]:
     """Seconds of each call in each round; `few` caps the rounds of the slow ones.
 
     A call must block until its result is there. The first round warms up and is not counted.
     """
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    times: dict[Hashable, list[float]] = {name: [] for name in calls}
     for number in range(-1, rounds):
         for name in list(calls)[:: 1 if number % 2 else -1]:
             if number >= (few or {}).get(name, rounds):
