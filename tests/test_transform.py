@@ -9,6 +9,8 @@ import optax
 import oracle
 import pytest
 import trees
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from trees import SCALE
 
 import lorapro_jax as lp
@@ -105,6 +107,52 @@ def test_with_sgd_it_is_the_papers_algorithm_1(x64):
     for k, (a, b) in reference.items():
         np.testing.assert_allclose(params[k]["lora_a"], a, atol=1e-9)
         np.testing.assert_allclose(params[k]["lora_b"], b, atol=1e-9)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.data())
+def test_any_tree_of_pairs_and_other_leaves(data):
+    """Random nesting, shapes, ranks and dtypes: each pair its oracle's step, the rest untouched."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    dtypes = st.sampled_from([jnp.float32, jnp.bfloat16])
+    params, grads, truth = {}, {}, {}
+    for name in data.draw(st.lists(st.sampled_from("abcdef"), min_size=1, max_size=4, unique=True)):
+        r = data.draw(st.integers(1, 3))
+        m, n = (data.draw(st.integers(r + 2, 9)) for _ in range(2))
+        a, b, G = oracle.pair(rng, m, r, n)
+        dtype = data.draw(dtypes)
+        leaves = (*oracle.factor_gradients(a, b, G, SCALE), a, b)
+        h_a, h_b, a, b = (jnp.asarray(x, dtype) for x in leaves)
+        truth[name] = [np.asarray(x, np.float64) for x in (a, b, h_a, h_b)]
+        depth = data.draw(st.integers(0, 2))
+        params[name] = _nested(depth, {"lora_a": a, "lora_b": b, "bias": jnp.ones(n, dtype)})
+        grads[name] = _nested(depth, {"lora_a": h_a, "lora_b": h_b, "bias": jnp.ones(n, dtype)})
+    tx = lp.lorapro(SCALE, damping=1e-3)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    assert jax.tree.map(jax.typeof, updates) == jax.tree.map(jax.typeof, grads)
+    for name, (a, b, h_a, h_b) in truth.items():
+        node, given_node = _innermost(updates[name]), _innermost(grads[name])
+        np.testing.assert_array_equal(node["bias"], given_node["bias"])
+        mu = SCALE**2 * oracle.damping_of(a, b, 1e-3)
+        J = oracle.jacobian(a, b, SCALE)
+        # The two projections of one rounded G no longer agree; their mean core is what we solve,
+        # so compare the normal equations' residual, whose size is that of the rounding.
+        z = np.concatenate(
+            [np.ravel(np.asarray(node[k], np.float64)) for k in ("lora_a", "lora_b")]
+        )
+        h = np.concatenate([h_a.ravel(), h_b.ravel()])
+        coarse = given_node["lora_a"].dtype == jnp.bfloat16
+        residual = np.linalg.norm(J.T @ (J @ z) + mu * z - h)
+        size = np.linalg.norm(J, 2) ** 2 * np.linalg.norm(z) + np.linalg.norm(h)
+        assert residual <= (2e-2 if coarse else 1e-4) * size
+
+
+def _nested(depth, node):
+    return node if depth == 0 else {f"layer_{depth}": _nested(depth - 1, node)}
+
+
+def _innermost(node):
+    return node if "lora_a" in node else _innermost(next(iter(node.values())))
 
 
 # --- modes -----------------------------------------------------------------------------------
