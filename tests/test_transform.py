@@ -394,7 +394,7 @@ def test_lax_cond_and_scan_carry_the_state(make):
     p, s = params, tx.init(params)
     for _ in range(2):
         p, s = _apply(tx, grads, s, p)
-    trees.assert_close(scanned, p, rtol=1e-6 if not jax.config.jax_enable_x64 else 1e-10)
+    trees.assert_same_computation(scanned, p)
 
 
 def _apply(tx, grads, state, params):
@@ -409,7 +409,7 @@ def test_donated_buffers_give_the_same_step(make):
     expected, _ = _apply(tx, grads, tx.init(params), params)
     step = jax.jit(functools.partial(_apply, tx), donate_argnums=(1, 2))
     got, state = step(grads, tx.init(params), jax.tree.map(jnp.copy, params))
-    trees.assert_close(got, expected, rtol=1e-6)
+    trees.assert_same_computation(got, expected)
     step(grads, state, got)
 
 
@@ -436,6 +436,7 @@ def test_multi_steps_accumulates_to_the_mean_gradient(make):
     second, _ = tx.update(jax.tree.map(lambda g: 1.5 * g, grads), state, params)
     plain = make()
     expected, _ = plain.update(grads, plain.init(params), params)
+    # optax's running mean divides by a float32 count, also in float64
     trees.assert_close(second, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -452,7 +453,7 @@ def test_masked_and_partition_see_only_their_part(make):
     parts = optax.partition({"lora": make(), "rest": optax.set_to_zero()}, label)
     for tx in (masked, parts):
         updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
-        trees.assert_close({k: updates[k] for k in lora}, expected, rtol=1e-6)
+        trees.assert_same_computation({k: updates[k] for k in lora}, expected)
 
 
 @every_transform
@@ -492,7 +493,9 @@ def test_inject_hyperparams_traces_every_number(mode):
     for _ in range(3):
         updates, state = jax.jit(injected.update)(grads, state, params)
         expected, other = plain.update(grads, other, params)
-        trees.assert_close(updates, expected, rtol=2e-5, atol=1e-9)
+        for ours, theirs in zip(*map(jax.tree.leaves, (updates, expected)), strict=True):
+            # inject_hyperparams holds its numbers in float32
+            np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.max(np.abs(theirs)))
     state.hyperparams["learning_rate"] = jnp.zeros_like(state.hyperparams["learning_rate"])
     updates, _ = jax.jit(injected.update)(grads, state, params)
     assert all(not np.any(x) for x in jax.tree.leaves(updates))
