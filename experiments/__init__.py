@@ -1,0 +1,1 @@
+"""The experiments: fine-tuning runs, benchmarks and their results."""
