@@ -43,12 +43,13 @@ class Spectrum(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """The (r, r) matrices of the update: da = h_a Za - a Wa, db = Zb h_b - Wb b."""
+    """The small matrices of the update: da = [h_a a] left, db = right [h_b; b].
 
-    Za: Float[Array, "*batch r r"]
-    Wa: Float[Array, "*batch r r"]
-    Zb: Float[Array, "*batch r r"]
-    Wb: Float[Array, "*batch r r"]
+    One product over both a factor and its gradient: two thin ones and their difference took longer.
+    """
+
+    left: Float[Array, "*batch two_r r"]
+    right: Float[Array, "*batch r two_r"]
 
 
 def widen(x: Array) -> Array:
@@ -137,7 +138,9 @@ def coefficients(
     Q_inv = _inverse(spec.q, spec.V, spec.damping)
     Y_a, Y_b = _cores(x, M, spec, P_inv, Q_inv)
     s2 = (s * s).astype(M.dtype)
-    return Coefficients(Q_inv / s2, _dot(Y_a, Q_inv) / s2, P_inv / s2, _dot(P_inv, Y_b) / s2)
+    left = jnp.concatenate([Q_inv, -_dot(Y_a, Q_inv)], axis=0) / s2
+    right = jnp.concatenate([P_inv, -_dot(P_inv, Y_b)], axis=1) / s2
+    return Coefficients(left, right)
 
 
 def combine(
@@ -147,8 +150,9 @@ def combine(
     h_b: Float[Array, "r *n"],
     c: Coefficients,
 ) -> tuple[Float[Array, "*m r"], Float[Array, "r *n"]]:
-    """(da, db) = (h_a Za - a Wa, Zb h_b - Wb b)."""
-    return _dot(h_a, c.Za) - _dot(a, c.Wa), _dot(c.Zb, h_b) - _dot(c.Wb, b)
+    """(da, db) = ([h_a a] left, right [h_b; b])."""
+    rows, columns = jnp.concatenate([h_a, a], axis=-1), jnp.concatenate([h_b, b], axis=0)
+    return _dot(rows, c.left), _dot(c.right, columns)
 
 
 def solve(
