@@ -1,5 +1,6 @@
 """Full mode: Adam's moments of the equivalent gradient, two (m, n) arrays a pair (Algorithm 2)."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -75,21 +76,40 @@ def full_mode(
         others, rest_state = rest.update(updates, state.rest)
         new = jax.tree.leaves(others)
         count = jnp.asarray(optax.safe_increment(state.count))
-        mu, nu = {}, {}
+        mu, nu, done = {}, {}, ()
         for chunk in chunks(ps):
             members = [ps[i] for i in chunk]
             spec = spectra(members, damping)
             for k, (da, db) in enumerate(steps(members, spec, x)):
                 path, p = pairs[chunk[k]].path, members[k]
+                p = p._replace(s=_after(p.s, done)) if done else p
                 moments = (_batched(state.mu[path], p), _batched(state.nu[path], p))
                 m, v, h_a, h_b = adam_direction(p, da, db, *moments, count)
                 mu[path], nu[path] = (y.reshape(state.mu[path].shape) for y in (m, v))
-                members[k] = p._replace(h_a=h_a, h_b=h_b)
+                members[k], done = p._replace(h_a=h_a, h_b=h_b), (h_a, h_b)
             for i, (da, db) in zip(chunk, steps(members, spec, x), strict=True):
                 write(pairs[i], da, db, new)
         return jax.tree.unflatten(treedef, new), FullState(count, mu, nu, rest_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _after(x: Array, done: tuple[Array, ...]) -> Array:
+    """`x`, at the time when all of `done` are computed.
+
+    One pair after the other keeps a pair's (m, n) intermediates in the cache and frees them before
+    the next pair's: on 2 CPU cores half the time and a fifteenth of the temporary memory. The CPU
+    compiler drops optimization barriers before it schedules, so there the dependency is a zero that
+    it does not fold: a sign bit, shifted out. Integers, so that one pair's NaN stays its own.
+    """
+    if jax.default_backend() != "cpu":
+        return jax.lax.optimization_barrier((x, done))[0]
+    token = functools.reduce(jnp.add, (y[(0,) * y.ndim] for y in done))
+    bits = jnp.finfo(token.dtype).bits
+    pattern = jax.lax.bitcast_convert_type(token, f"uint{bits}")
+    one = jnp.ones((), pattern.dtype)
+    sign = jax.lax.shift_right_logical(pattern, (bits - 1) * one)
+    return x + jax.lax.shift_right_logical(sign, one).astype(x.dtype)
 
 
 def _average(g: Array, moment: Array, decay: float | Array) -> Array:
