@@ -148,12 +148,12 @@ def _unique(values: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(values))
 
 
-def splice(text: str, section: str) -> str:
+def splice(text: str, section: str, begin: str = BEGIN, end: str = END) -> str:
     """`text` with what stands between the two markers replaced by `section`."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"expected one line {BEGIN} and, after it, one line {END} in the README")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{section.strip()}\n\n{END}{rest.split(END)[1]}"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"expected one line {begin} and, after it, one line {end} in the README")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n\n{section.strip()}\n\n{end}{rest.split(end)[1]}"
 
 
 @dataclasses.dataclass(frozen=True)
