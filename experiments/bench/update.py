@@ -6,13 +6,15 @@
 factors and gradients. One call is one whole optimizer step, parameters included, jitted with
 donated buffers. The reference is optax.adamw on the same tree. The PyTorch rows appear where
 `torch` and `lora-pro-adamw` are installed (pip install torch==2.13.0; pip install --no-deps
-lora-pro-adamw==0.2.1); its efficient mode runs its default solver.
+lora-pro-adamw==0.2.1); its efficient mode runs its default solver. `ratio_to_ours` compares a row
+with our row of the same mode, round by round.
 """
 
 import dataclasses
 import functools
 import importlib.util
 import pathlib
+import statistics
 from collections.abc import Callable
 
 import jax
@@ -123,8 +125,12 @@ def main(settings: Settings) -> None:
         few |= dict.fromkeys(theirs, settings.slow_rounds)
     else:
         Console().print("torch or lora_pro is not installed: its rows are left out")
-    rows = timing.summary(timing.by_turns(calls, settings.rounds, few), "adamw")
+    times = timing.by_turns(calls, settings.rounds, few)
+    rows = timing.summary(times, "adamw")
     for row in rows:
+        mode = row["variant"].removeprefix("torch ")
+        pairs = zip(times[row["variant"]], times[mode], strict=False)
+        row["ratio_to_ours"] = statistics.median(x / y for x, y in pairs)
         row["state_bytes"] = made[row["variant"]][1] if row["variant"] in made else None
     timing.show(rows, f"one update of {len(SHAPES)} pairs, r = {settings.rank}, float32")
     timing.append(rows, "update", settings, settings.results)
