@@ -1,13 +1,14 @@
-"""Every pair of a tree at once: the (r, r) work of all pairs of one rank as a few batches.
+"""Pairs of one shape as one batch, so that a program grows with the shapes and not with the layers.
 
-What is large stays pair by pair: a Gram or a thin product touches each number of a factor once,
-needs nothing from other pairs, and keeps whatever sharding the factor has. What is small is
-stacked. Stacking the factors themselves was measured first: it copies them twice, and XLA
-compiles one kernel for each slice that takes an update out of the stack again.
+A batch holds the pairs of one kind: layers of a scan, heads, and separate layers whose paths differ
+in their numbers only. Those are sharded alike, which pairs of one shape need not be: stacking a
+column-parallel and a row-parallel factor would move one of them between devices.
 """
 
 import functools
 import itertools
+import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,23 +21,32 @@ from lorapro_jax._checks import check_scale
 from lorapro_jax._layouts import Pair, flatten, read
 from lorapro_jax._solve import Spectrum
 
-# Pairs per batch. XLA compiles one kernel per slice of a batch and shares it between batches
-# of one size, so that compile time stops growing at this many pairs; an accelerator's batched
-# eigendecomposition is saturated by then (two matrices a pair, times the layers of a scan).
-_PAIRS_PER_BATCH = 32
+# Pairs of a group. XLA compiles one kernel for each place in a batch that an update is taken from,
+# and shares it between batches of one size. On 2 CPU cores 8, 16 and 32 run within 15 % of one
+# another, 16 fastest.
+_PAIRS_PER_GROUP = 16
+
+Scale = float | Array | Callable[[str], float]
 
 
 class Problem(NamedTuple):
-    """One pair's factors and factor gradients, (batch, *m, r) and (batch, r, *n), widened."""
+    """The factors and factor gradients of a batch of pairs, widened."""
 
-    a: Array
-    b: Array
+    a: Array  # (batch, *m, r)
+    b: Array  # (batch, r, *n)
     h_a: Array
     h_b: Array
-    s: Array
+    s: Array  # (batch,)
 
 
-Scale = float | Array | Callable[[str], float]
+class Group(NamedTuple):
+    """Pairs that are solved as one batch, one behind the other."""
+
+    pairs: tuple[Pair, ...]
+    sizes: tuple[int, ...]  # entries of each pair: 1, or the product of its batch axes
+    m: tuple[int, ...]
+    n: tuple[int, ...]
+    dtype: Any  # the factors', float32 or better
 
 
 def aligned(paths: list[str], leaves: list[Any], params: Any) -> list[Any]:
@@ -57,70 +67,72 @@ def aligned(paths: list[str], leaves: list[Any], params: Any) -> list[Any]:
     return [by_path[path] for path in paths]
 
 
-def problems(
-    pairs: Sequence[Pair], params: Sequence[Array], gradients: Sequence[Array], scale: Scale
-) -> list[Problem]:
-    """The pairs of two flattened trees in canonical form, in float32 or better."""
-    result = []
+def groups(pairs: Sequence[Pair], params: Sequence[Any]) -> dict[str, Group]:
+    """Pairs of one kind, shape and dtype, by the path of the first of up to 16."""
+    alike: dict[Any, list[Pair]] = {}
     for pair in pairs:
-        s = scale(pair.path) if callable(scale) else scale
-        check_scale(s, f"{pair.path}: scale")
-        a, b, h_a, h_b = map(_solve.widen, (*read(pair, params), *read(pair, gradients)))
-        dtype = jnp.result_type(a, b, h_a, h_b)
-        a, b, h_a, h_b = (x.astype(dtype) for x in (a, b, h_a, h_b))
-        result.append(Problem(a, b, h_a, h_b, jnp.asarray(s, dtype)))
+        kind = re.sub(r"\d+", "*", pair.path)
+        alike.setdefault((kind, pair.rank, *_kernel(pair, params)), []).append(pair)
+    cut = _PAIRS_PER_GROUP
+    result = {}
+    for (*_, m, n, dtype), members in alike.items():
+        for k in range(0, len(members), cut):
+            chosen = tuple(members[k : k + cut])
+            sizes = tuple(
+                math.prod(params[pair.a].shape[i] for i in pair.a_axes.batch) for pair in chosen
+            )
+            result[chosen[0].path] = Group(chosen, sizes, m, n, dtype)
     return result
 
 
-def chunks(problems: Sequence[Problem]) -> list[list[int]]:
-    """Indices of problems whose (r, r) work runs as one batch: same rank, dtype and batch size."""
-    alike: dict[Any, list[int]] = {}
-    for i, p in enumerate(problems):
-        alike.setdefault((p.a.shape[-1], p.a.dtype, p.a.shape[0]), []).append(i)
-    size = _PAIRS_PER_BATCH
-    return [group[k : k + size] for group in alike.values() for k in range(0, len(group), size)]
+def _kernel(pair: Pair, params: Sequence[Any]) -> tuple[tuple[int, ...], tuple[int, ...], Any]:
+    a, b = params[pair.a], params[pair.b]
+    m = tuple(a.shape[i] for i in pair.a_axes.others)
+    n = tuple(b.shape[i] for i in pair.b_axes.others)
+    return m, n, jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
+
+
+def problem(
+    group: Group, params: Sequence[Array], gradients: Sequence[Array], scale: Scale
+) -> Problem:
+    """The pairs of a group of two flattened trees, in float32 or better."""
+    scales = []
+    for pair, size in zip(group.pairs, group.sizes, strict=True):
+        s = scale(pair.path) if callable(scale) else scale
+        check_scale(s, f"{pair.path}: scale")
+        scales.append(jnp.broadcast_to(jnp.asarray(s), size))
+    factors, slopes = (
+        map(_stack, zip(*(read(pair, leaves) for pair in group.pairs), strict=True))
+        for leaves in (params, gradients)
+    )
+    wide = [_solve.widen(x) for x in (*factors, *slopes)]
+    dtype = jnp.result_type(*wide)
+    return Problem(*(x.astype(dtype) for x in (*wide, _stack(scales))))
 
 
 def _stack(columns: Sequence[Array]) -> Array:
     return columns[0] if len(columns) == 1 else jnp.concatenate(columns)
 
 
-def _unstack(tree: Any, sizes: Sequence[int]) -> list[Any]:
-    starts = itertools.accumulate(sizes, initial=0)
-    return [
-        jax.tree.map(
-            functools.partial(jax.lax.slice_in_dim, start_index=i, limit_index=i + n), tree
-        )
-        for i, n in zip(starts, sizes, strict=False)
-    ]
+def unstacked(tree: Any, group: Group) -> list[Any]:
+    """One tree for each pair of the group, cut from the arrays' first axis."""
+    stops = list(itertools.accumulate(group.sizes))[:-1]
+    leaves, treedef = jax.tree.flatten(tree)
+    columns = zip(*(jnp.split(leaf, stops) for leaf in leaves), strict=True)
+    return [jax.tree.unflatten(treedef, column) for column in columns]
 
 
-def spectra(problems: Sequence[Problem], damping: Array | float) -> Spectrum:
-    """The spectra of one chunk, stacked."""
-    P, Q = zip(*(jax.vmap(_solve.grams)(p.a, p.b) for p in problems), strict=True)
-    damping = jnp.asarray(damping, P[0].dtype)
-    return jax.vmap(_solve.spectrum, (0, 0, None))(_stack(P), _stack(Q), damping)
+def first_steps(
+    p: Problem, damping: Array | float, x: str = "sylvester"
+) -> tuple[Spectrum, tuple[Array, Array]]:
+    """The spectra of a batch and its (da, db)."""
+    P, Q = jax.vmap(_solve.grams)(p.a, p.b)
+    spec = jax.vmap(_solve.spectrum, (0, 0, None))(P, Q, jnp.asarray(damping, P.dtype))
+    return spec, steps(p, spec, x)
 
 
-def steps(problems: Sequence[Problem], spec: Spectrum, x: str) -> list[tuple[Array, Array]]:
-    """(da, db) of every problem of one chunk."""
-    cores = [jax.vmap(_solve.shared_core)(p.a, p.b, p.h_a, p.h_b) for p in problems]
-    sizes = [core.shape[0] for core in cores]
-    s = _stack([jnp.broadcast_to(p.s, n) for p, n in zip(problems, sizes, strict=True)])
-    solve = functools.partial(_solve.coefficients, x=x)
-    stacked = jax.vmap(solve)(spec, _stack(cores), s)
-    return [
-        jax.vmap(_solve.combine)(p.a, p.b, p.h_a, p.h_b, c)
-        for p, c in zip(problems, _unstack(stacked, sizes), strict=True)
-    ]
-
-
-def all_steps(
-    problems: Sequence[Problem], damping: Array | float, x: str = "sylvester"
-) -> list[tuple[Array, Array]]:
-    """(da, db) of every problem, in their order."""
-    found: dict[int, tuple[Array, Array]] = {}
-    for chunk in chunks(problems):
-        members = [problems[i] for i in chunk]
-        found.update(zip(chunk, steps(members, spectra(members, damping), x), strict=True))
-    return [found[i] for i in range(len(problems))]
+def steps(p: Problem, spec: Spectrum, x: str) -> tuple[Array, Array]:
+    """(da, db) of a batch whose spectra are known."""
+    core = jax.vmap(_solve.shared_core)(p.a, p.h_a)
+    found = jax.vmap(functools.partial(_solve.coefficients, x=x))(spec, core, p.s)
+    return jax.vmap(_solve.combine)(p.a, p.b, p.h_a, p.h_b, found)

@@ -5,6 +5,7 @@ R = [b; db] (2r, n). Two such steps have <L R, L' R'> = sum((Lᵀ L') ∘ (R R'�
 figure here costs O((m + n) r²): neither G nor any (m, n) array is formed.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lorapro_jax import _solve
-from lorapro_jax._batch import Problem, Scale, aligned, all_steps, problems
+from lorapro_jax._batch import (
+    Problem,
+    Scale,
+    aligned,
+    first_steps,
+    groups,
+    problem,
+    unstacked,
+)
 from lorapro_jax._layouts import Layout, Pair, find_pairs, flatten
 
 
@@ -77,20 +86,23 @@ def diagnose(
     paths, leaves, _ = flatten(grads)
     pairs = find_pairs(paths, leaves, layout, require_pairs=True)
     values = aligned(paths, leaves, params)
-    ps = problems(pairs, values, leaves, scale)
-    targets = all_steps(ps, 0.0)
-    if updates is None:
-        taken = all_steps(ps, damping)
-    else:
-        new = aligned(paths, leaves, updates)
-        taken = [(-p.h_a, -p.h_b) for p in problems(pairs, values, new, scale)]
-    return {
-        pair.path: jax.tree.map(lambda v, pair=pair: _unbatched(v, pair, leaves), figures)
-        for pair, figures in zip(pairs, map(_figures, ps, taken, targets), strict=True)
-    }
+    new = None if updates is None else aligned(paths, leaves, updates)
+    found = {}
+    for group in groups(pairs, values).values():
+        p = problem(group, values, leaves, scale)
+        _, target = first_steps(p, 0.0)
+        if new is None:
+            _, taken = first_steps(p, damping)
+        else:
+            given = problem(group, values, new, scale)
+            taken = -given.h_a, -given.h_b
+        figures = unstacked(_figures(p, taken, target), group)
+        for pair, own in zip(group.pairs, figures, strict=True):
+            found[pair.path] = jax.tree.map(functools.partial(_unbatched, pair, leaves), own)
+    return {pair.path: found[pair.path] for pair in pairs}
 
 
-def _unbatched(value: Array, pair: Pair, leaves: list[Any]) -> Array:
+def _unbatched(pair: Pair, leaves: list[Any], value: Array) -> Array:
     return value.reshape([leaves[pair.a].shape[axis] for axis in pair.a_axes.batch])
 
 
@@ -122,7 +134,7 @@ def _condition(factor: Array) -> Array:
 
 
 @jax.vmap
-def _one(p: Problem, step, target) -> PairDiagnostics:
+def _figures(p: Problem, step, target) -> PairDiagnostics:
     cosine, distance, norm_step, norm_target = _compare(p, step, target)
     lora_cosine, lora_distance, _, _ = _compare(p, (p.h_a, p.h_b), target)
     return PairDiagnostics(
@@ -137,7 +149,3 @@ def _one(p: Problem, step, target) -> PairDiagnostics:
         norm_step,
         norm_target,
     )
-
-
-def _figures(p: Problem, step, target) -> PairDiagnostics:
-    return _one(p._replace(s=jnp.broadcast_to(p.s, p.a.shape[0])), step, target)

@@ -1,4 +1,8 @@
-"""Full mode: Adam's moments of the equivalent gradient, two (m, n) arrays a pair (Algorithm 2)."""
+"""Full mode: Adam's moments of the equivalent gradient, two (m, n) arrays a pair (Algorithm 2).
+
+A group of pairs has its moments in one array, one behind the other, and a loop takes them in turn:
+what is dense beside them exists for one pair at a time.
+"""
 
 import functools
 from collections.abc import Callable
@@ -7,18 +11,34 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jaxtyping import Array, Int
 
 from lorapro_jax import _solve
-from lorapro_jax._batch import Problem, Scale, aligned, chunks, problems, spectra, steps
+from lorapro_jax._batch import (
+    Group,
+    Problem,
+    Scale,
+    aligned,
+    first_steps,
+    groups,
+    problem,
+    steps,
+    unstacked,
+)
 from lorapro_jax._layouts import Pair, check_leaves, factor_indices, flatten, write
 
 
 class FullState(NamedTuple):
-    """State of full mode. The moments are those of g~, keyed by the pair's path."""
+    """State of full mode. The moments are those of g~, by groups of pairs of one kind and shape.
+
+    A group is named by the path of its first pair and holds up to 16, in the order of their paths,
+    which differ in their numbers only. Along the first axis are layers of a scan, heads and
+    separate layers alike.
+    """
 
     count: Int[Array, ""]  # steps taken
-    mu: Any  # {path: (*m, *n), batch axis first if there is one}, float32 or mu_dtype
+    mu: Any  # {group: (pairs, *m, *n)}, float32 or mu_dtype
     nu: Any  # the same in float32 or better
     rest: Any  # plain Adam's state for the leaves in no pair
 
@@ -34,7 +54,6 @@ def full_mode(
     damping: float | Array,
 ) -> optax.GradientTransformationExtraArgs:
     """Algorithm 2: `find` tells the pairs, `adam` takes the other leaves."""
-    b1, b2, eps = betas
 
     def pairs_of(tree):
         paths, leaves, treedef = flatten(tree)
@@ -53,18 +72,10 @@ def full_mode(
         count = jnp.zeros((), jnp.int32)
         if not leaves:  # optax.tree.map_params' placeholder: here a leaf stands for any subtree
             return FullState(count, count, count, rest.init(params))
-        mu = {pair.path: _zero_moment(pair, leaves, mu_dtype) for pair in pairs}
-        nu = {pair.path: _zero_moment(pair, leaves, None) for pair in pairs}
+        found = groups(pairs, leaves).items()
+        mu = {name: _zero_moment(group, mu_dtype) for name, group in found}
+        nu = {name: _zero_moment(group, None) for name, group in found}
         return FullState(count, mu, nu, rest.init(params))
-
-    def adam_direction(p: Problem, da, db, mu, nu, count):
-        """One pair's new moments, and the factor gradients that Adam's direction would cause."""
-        g = jax.vmap(_solve.equivalent_gradient, (0, 0, 0, 0, None))(p.a, p.b, da, db, p.s)
-        mu = _average(g, mu, b1)
-        nu = _average(g * g, nu, b2)
-        correction_1, correction_2 = (jnp.asarray(1 - b**count, g.dtype) for b in (b1, b2))
-        U = (mu.astype(g.dtype) / correction_1) / (jnp.sqrt(nu / correction_2) + eps)
-        return mu, nu, *jax.vmap(_solve.project, (0, 0, 0, None))(p.a, p.b, U, p.s)
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
@@ -72,59 +83,62 @@ def full_mode(
         if not leaves:  # a part of optax.partition that got nothing
             return updates, state
         check_leaves(paths, leaves)
-        ps = problems(pairs, aligned(paths, leaves, params), leaves, scale)
+        values = aligned(paths, leaves, params)
         others, rest_state = rest.update(updates, state.rest)
         new = jax.tree.leaves(others)
         count = jnp.asarray(optax.safe_increment(state.count))
-        mu, nu, done = {}, {}, ()
-        for chunk in chunks(ps):
-            members = [ps[i] for i in chunk]
-            spec = spectra(members, damping)
-            for k, (da, db) in enumerate(steps(members, spec, x)):
-                path, p = pairs[chunk[k]].path, members[k]
-                p = p._replace(s=_after(p.s, done)) if done else p
-                moments = (_batched(state.mu[path], p), _batched(state.nu[path], p))
-                m, v, h_a, h_b = adam_direction(p, da, db, *moments, count)
-                mu[path], nu[path] = (y.reshape(state.mu[path].shape) for y in (m, v))
-                members[k], done = p._replace(h_a=h_a, h_b=h_b), (h_a, h_b)
-            for i, (da, db) in zip(chunk, steps(members, spec, x), strict=True):
-                write(pairs[i], da, db, new)
+        mu, nu = {}, {}
+        for name, group in groups(pairs, values).items():
+            p = problem(group, values, leaves, scale)
+            spec, (da, db) = first_steps(p, damping, x)
+            moments = state.mu[name], state.nu[name]
+            mu[name], nu[name], h_a, h_b = _adam(p, da, db, *moments, count, betas)
+            taken = steps(p._replace(h_a=h_a, h_b=h_b), spec, x)
+            for pair, (da, db) in zip(group.pairs, unstacked(taken, group), strict=True):
+                write(pair, da, db, new)
         return jax.tree.unflatten(treedef, new), FullState(count, mu, nu, rest_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _after(x: Array, done: tuple[Array, ...]) -> Array:
-    """`x`, at the time when all of `done` are computed.
+def _zero_moment(group: Group, dtype: Any) -> Array:
+    """Zeros of the group's kernels, (pairs, *m, *n), in `dtype` or float32 and better."""
+    shape = sum(group.sizes), *group.m, *group.n
+    return jnp.zeros(shape, group.dtype if dtype is None else dtype)
 
-    One pair after the other keeps a pair's (m, n) intermediates in the cache and frees them before
-    the next pair's: on 2 CPU cores half the time and a fifteenth of the temporary memory. The CPU
-    compiler drops optimization barriers before it schedules, so there the dependency is a zero that
-    it does not fold: a sign bit, shifted out. Integers, so that one pair's NaN stays its own.
-    """
-    if jax.default_backend() != "cpu":
-        return jax.lax.optimization_barrier((x, done))[0]
-    token = functools.reduce(jnp.add, (y[(0,) * y.ndim] for y in done))
-    bits = jnp.finfo(token.dtype).bits
-    pattern = jax.lax.bitcast_convert_type(token, f"uint{bits}")
-    one = jnp.ones((), pattern.dtype)
-    sign = jax.lax.shift_right_logical(pattern, (bits - 1) * one)
-    return x + jax.lax.shift_right_logical(sign, one).astype(x.dtype)
+
+def _adam(
+    p: Problem,
+    da: Array,
+    db: Array,
+    mu: Array,
+    nu: Array,
+    count: Array,
+    betas: tuple[Any, Any, Any],
+) -> tuple[Array, Array, Array, Array]:
+    """A group's new moments, and the factor gradients that Adam's direction would cause."""
+    b1, b2, eps = betas
+    correction_1, correction_2 = (jnp.asarray(1 - decay**count, p.a.dtype) for decay in (b1, b2))
+
+    def one(i, carry):
+        # XLA's CPU backend updates a moment where it lies, in one pass, if it is read at the very
+        # index where it is written, with no reshape between, and read back for the direction.
+        # Otherwise it copies the whole group's for every pair.
+        at = functools.partial(lax.dynamic_slice_in_dim, start_index=i, slice_size=1)
+        put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=i, axis=0)
+        mu, nu, da, db = carry
+        a, b, s = at(p.a), at(p.b), at(p.s)
+        g = jax.vmap(_solve.equivalent_gradient)(a, b, at(da), at(db), s)
+        mu = put(mu, _average(g, at(mu), b1))
+        nu = put(nu, _average(g * g, at(nu), b2))
+        m = at(mu).astype(g.dtype) / correction_1
+        U = m / (jnp.sqrt(at(nu) / correction_2) + eps)
+        h_a, h_b = jax.vmap(_solve.project)(a, b, U, s)
+        return mu, nu, put(da, h_a), put(db, h_b)
+
+    # A pair's (da, db) are not needed once its g~ is formed: h_a and h_b take their place.
+    return lax.fori_loop(0, p.a.shape[0], one, (mu, nu, da, db))
 
 
 def _average(g: Array, moment: Array, decay: float | Array) -> Array:
     return (decay * moment + (1 - decay) * g).astype(moment.dtype)
-
-
-def _zero_moment(pair: Pair, leaves: list[Any], dtype: Any) -> Array:
-    """Zeros of the pair's kernel, (*batch, *m, *n), in `dtype` or float32 and better."""
-    a, b = leaves[pair.a], leaves[pair.b]
-    batch = [a.shape[i] for i in pair.a_axes.batch]
-    m, n = [a.shape[i] for i in pair.a_axes.others], [b.shape[i] for i in pair.b_axes.others]
-    wide = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
-    return jnp.zeros((*batch, *m, *n), wide if dtype is None else dtype)
-
-
-def _batched(moment: Array, p: Problem) -> Array:
-    """A moment with exactly one batch axis in front, as `p` has."""
-    return moment.reshape(p.a.shape[:-1] + p.b.shape[2:])

@@ -12,11 +12,10 @@ which is exactly (JᵀJ + s² λ I)⁻¹ (h_a, h_b): no inverse of a near-singul
 for b = 0. λ → 0 gives Theorem 2.1 of arXiv:2407.18242 with the Sylvester X, the minimum-norm
 minimiser J⁺G.
 
-The work is in three steps: `grams` contracts the factors to (r, r), `coefficients` does all
-that is cubic in r, `combine` multiplies the factors by (r, r) matrices. The first and last
-touch every number of a pair once and never see another pair; only the middle one is worth
-batching. m and n may each be several axes: they are contracted whole, nothing is reshaped, so
-that a sharded axis stays as it is.
+The work is in three steps: `grams` and `shared_core` contract the factors to (r, r),
+`coefficients` does all that is cubic in r, `combine` multiplies the factors by (r, r) matrices.
+m and n may each be several axes: they are contracted whole, nothing is reshaped, so that a
+sharded axis stays as it is.
 """
 
 from typing import NamedTuple
@@ -43,13 +42,12 @@ class Spectrum(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """The small matrices of the update: da = [h_a a] left, db = right [h_b; b].
+    """The small matrices of the update: da = h_a H_a + a C_a, db = H_b h_b + C_b b."""
 
-    One product over both a factor and its gradient: two thin ones and their difference took longer.
-    """
-
-    left: Float[Array, "*batch two_r r"]
-    right: Float[Array, "*batch r two_r"]
+    H_a: Float[Array, "*batch r r"]
+    C_a: Float[Array, "*batch r r"]
+    H_b: Float[Array, "*batch r r"]
+    C_b: Float[Array, "*batch r r"]
 
 
 def widen(x: Array) -> Array:
@@ -80,17 +78,9 @@ def grams(
     return gram_left(a, a), gram_right(b, b)
 
 
-def shared_core(
-    a: Float[Array, "*m r"],
-    b: Float[Array, "r *n"],
-    h_a: Float[Array, "*m r"],
-    h_b: Float[Array, "r *n"],
-) -> Float[Array, "r r"]:
-    """M = aᵀ h_a = h_b bᵀ, the part of the gradient that both factors see.
-
-    Equal in exact arithmetic; the mean treats the factors alike and halves the rounding.
-    """
-    return (gram_left(a, h_a) + gram_right(h_b, b)) / 2
+def shared_core(a: Float[Array, "*m r"], h_a: Float[Array, "*m r"]) -> Float[Array, "r r"]:
+    """M = aᵀ h_a, which is h_b bᵀ too: the part of the gradient that both factors see."""
+    return gram_left(a, h_a)
 
 
 def spectrum(P: Float[Array, "r r"], Q: Float[Array, "r r"], damping: Float[Array, ""]) -> Spectrum:
@@ -138,9 +128,7 @@ def coefficients(
     Q_inv = _inverse(spec.q, spec.V, spec.damping)
     Y_a, Y_b = _cores(x, M, spec, P_inv, Q_inv)
     s2 = (s * s).astype(M.dtype)
-    left = jnp.concatenate([Q_inv, -_dot(Y_a, Q_inv)], axis=0) / s2
-    right = jnp.concatenate([P_inv, -_dot(P_inv, Y_b)], axis=1) / s2
-    return Coefficients(left, right)
+    return Coefficients(Q_inv / s2, -_dot(Y_a, Q_inv) / s2, P_inv / s2, -_dot(P_inv, Y_b) / s2)
 
 
 def combine(
@@ -150,9 +138,8 @@ def combine(
     h_b: Float[Array, "r *n"],
     c: Coefficients,
 ) -> tuple[Float[Array, "*m r"], Float[Array, "r *n"]]:
-    """(da, db) = ([h_a a] left, right [h_b; b])."""
-    rows, columns = jnp.concatenate([h_a, a], axis=-1), jnp.concatenate([h_b, b], axis=0)
-    return _dot(rows, c.left), _dot(c.right, columns)
+    """(da, db) = (h_a H_a + a C_a, H_b h_b + C_b b)."""
+    return _dot(h_a, c.H_a) + _dot(a, c.C_a), _dot(c.H_b, h_b) + _dot(c.C_b, b)
 
 
 def solve(
@@ -166,7 +153,7 @@ def solve(
 ) -> tuple[Float[Array, "*m r"], Float[Array, "r *n"]]:
     """(da, db) for one pair, from the projections h_a = s G bᵀ and h_b = s aᵀ G."""
     spec = spectrum(*grams(a, b), damping)
-    return combine(a, b, h_a, h_b, coefficients(spec, shared_core(a, b, h_a, h_b), s, x))
+    return combine(a, b, h_a, h_b, coefficients(spec, shared_core(a, h_a), s, x))
 
 
 def equivalent_gradient(

@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Int
 
 from lorapro_jax import _solve
-from lorapro_jax._batch import Scale, aligned, all_steps, problems
+from lorapro_jax._batch import Scale, aligned, first_steps, groups, problem, unstacked
 from lorapro_jax._checks import check_between, check_one_of, check_scale
 from lorapro_jax._full import full_mode
 from lorapro_jax._layouts import Layout, check_leaves, factor_indices, find_pairs, flatten, write
@@ -79,9 +79,11 @@ def lorapro(
         check_leaves(paths, leaves)
         pairs = find_pairs(paths, leaves, layout, require_pairs=require_pairs)
         new = list(leaves)
-        ps = problems(pairs, aligned(paths, leaves, params), leaves, scale)
-        for pair, (da, db) in zip(pairs, all_steps(ps, damping, x), strict=True):
-            write(pair, da, db, new)
+        values = aligned(paths, leaves, params)
+        for group in groups(pairs, values).values():
+            _, taken = first_steps(problem(group, values, leaves, scale), damping, x)
+            for pair, (da, db) in zip(group.pairs, unstacked(taken, group), strict=True):
+                write(pair, da, db, new)
         return jax.tree.unflatten(treedef, new), state
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -149,7 +151,7 @@ def scale_by_lorapro_adam(
       >>> params = {"q": {"lora_a": jnp.ones((6, 2)), "lora_b": jnp.zeros((2, 4))}}
       >>> state = lp.scale_by_lorapro_adam(2.0, mode="full").init(params)
       >>> state.nu["q"].shape
-      (6, 4)
+      (1, 6, 4)
 
     References:
       Wang et al., LoRA-Pro, arXiv:2407.18242: Algorithm 2 (full), version 2 (efficient).

@@ -66,6 +66,22 @@ def test_more_pairs_than_one_batch_holds(x64):
             np.testing.assert_allclose(updates[name][leaf], truth, atol=1e-9)
 
 
+@every_mode
+def test_a_pair_steps_as_it_would_alone(x64, mode):
+    """20 pairs of one kind, more than one batch holds, each with a scale of its own."""
+    params, grads, _ = trees.make(shapes={f"x{i:02d}": (7, 2, 5) for i in range(20)})
+    tx = lp.scale_by_lorapro_adam(lambda path: 1.0 + int(path[1:]), mode=mode)
+    state, update = tx.init(params), jax.jit(tx.update)
+    for _ in range(2):
+        together, state = update(grads, state, params)
+    for name in params:
+        own, own_grads = {name: params[name]}, {name: grads[name]}
+        state = tx.init(own)
+        for _ in range(2):
+            alone, state = tx.update(own_grads, state, own)
+        trees.assert_same_computation({name: together[name]}, alone)
+
+
 def test_the_scale_may_differ_by_pair(x64):
     params, _, dense = trees.make()
     scales = {name: 0.5 + i for i, name in enumerate(dense)}
@@ -160,7 +176,7 @@ def _innermost(node):
 
 def test_full_mode_is_a_dense_numpy_adam_over_100_steps(x64):
     """Algorithm 2 with bias correction from step 1, every pair, moments and parameters."""
-    shapes = {"q": (10, 3, 8), "k": (10, 3, 8), "up": (7, 2, 12)}
+    shapes = {"q_0": (10, 3, 8), "q_1": (10, 3, 8), "up": (7, 2, 12)}
     params, _, dense = trees.make(seed=1, shapes=shapes)
     targets = {k: 3 * G for k, (_, _, G) in dense.items()}
     rate = 1e-2
@@ -184,8 +200,10 @@ def test_full_mode_is_a_dense_numpy_adam_over_100_steps(x64):
     for k, (a, b) in factors.items():
         np.testing.assert_allclose(params[k]["lora_a"], a, atol=1e-8)
         np.testing.assert_allclose(params[k]["lora_b"], b, atol=1e-8)
-        np.testing.assert_allclose(full.mu[k], adams[k].m, atol=1e-8)
-        np.testing.assert_allclose(full.nu[k], adams[k].v, atol=1e-8)
+    for group in (["q_0", "q_1"], ["up"]):  # named by the first; moments in the order of the paths
+        for name, moments in (("m", full.mu), ("v", full.nu)):
+            expected = np.stack([getattr(adams[k], name) for k in group])
+            np.testing.assert_allclose(moments[group[0]], expected, atol=1e-8)
 
 
 def test_efficient_mode_is_adam_on_the_projected_factors(x64):
@@ -290,12 +308,18 @@ def test_full_holds_two_float32_kernels_a_pair(dtype):
     assert byte_count(state) == sum(2 * 4 * G.size for _, _, G in dense.values())
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="how the CPU compiler schedules")
-def test_full_mode_holds_the_intermediates_of_a_few_pairs_at_a_time():
+@pytest.mark.parametrize("scanned", [False, True])
+def test_full_mode_holds_the_intermediates_of_a_few_pairs_at_a_time(scanned):
     """24 pairs: the equivalent gradients and directions of all of them would be 48 kernels."""
     shapes = {f"x{i:02d}": (256, 4, 256) for i in range(24)}
     params, grads, _ = trees.make(dtype=jnp.float32, shapes=shapes)
-    tx = lp.scale_by_lorapro_adam(SCALE, mode="full")
+    layout = None
+    if scanned:
+        params, grads = (
+            {"x": jax.tree.map(lambda *x: jnp.stack(x), *tree.values())} for tree in (params, grads)
+        )
+        layout = lp.layouts.FLAX.declare({"x": lp.LoRADimensionNumbers(a_batch=(0,), b_batch=(0,))})
+    tx = lp.scale_by_lorapro_adam(SCALE, mode="full", layout=layout)
     program = jax.jit(tx.update, donate_argnums=1).lower(grads, tx.init(params), params).compile()
     assert program.memory_analysis().temp_size_in_bytes < 8 * 256 * 256 * 4
 
