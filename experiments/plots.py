@@ -91,14 +91,18 @@ def smoothed(values: np.ndarray) -> np.ndarray:
 
 
 def metric_bars(ax: Axes, rows: Sequence[Row]) -> None:
-    """The headline metric of every method, grouped by learning rate, std as a whisker."""
+    """The headline metric of every method, grouped by learning rate, std as a whisker.
+
+    Where each method has one rate only, its bar stands above it.
+    """
     methods = list(dict.fromkeys(row.method for row in rows))
     rates = sorted({row.learning_rate for row in rows})
-    width = 0.8 / len(methods)
+    single = len(rows) == len(methods)  # one rate a method: no groups
+    width = 0.8 if single else 0.8 / len(methods)
     for row in rows:
-        place = rates.index(row.learning_rate) + width * (
-            methods.index(row.method) - (len(methods) - 1) / 2
-        )
+        place = methods.index(row.method)
+        if not single:
+            place = rates.index(row.learning_rate) + width * (place - (len(methods) - 1) / 2)
         colour, _, hatch = STYLES.get(row.method, _OTHER)
         first = row is next(r for r in rows if r.method == row.method)
         bar = ax.bar(
@@ -116,7 +120,8 @@ def metric_bars(ax: Axes, rows: Sequence[Row]) -> None:
         )
         if len(rows) <= _LABELLED:
             ax.bar_label(bar, fmt="%.3f", fontsize=8, padding=2)
-    ax.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
+    ticks = [row.learning_rate for row in rows] if single else rates
+    ax.set_xticks(range(len(ticks)), [f"{rate:g}" for rate in ticks])
     ax.set_xlabel("learning rate")
     ax.set_ylabel(rows[0].metric)
     seeds = sorted({row.n for row in rows})

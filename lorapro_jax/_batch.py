@@ -133,6 +133,6 @@ def first_steps(
 
 def steps(p: Problem, spec: Spectrum, x: str) -> tuple[Array, Array]:
     """(da, db) of a batch whose spectra are known."""
-    core = jax.vmap(_solve.shared_core)(p.a, p.h_a)
+    core = jax.vmap(_solve.shared_core)(p.b, p.h_b)
     found = jax.vmap(functools.partial(_solve.coefficients, x=x))(spec, core, p.s)
     return jax.vmap(_solve.combine)(p.a, p.b, p.h_a, p.h_b, found)

@@ -244,6 +244,9 @@ def test_a_command_stands_for_the_grid_of_its_lists():
     grid = config.runs(command)
     assert len({run.folder_name for run in grid}) == len(grid) == 8
     assert {run.epochs for run in grid} == {config.EPOCHS["pydoc"]}
+    assert set(config.RATES) == set(METHODS)
+    own = config.runs(dataclasses.replace(command, learning_rates=None, seeds=(0,)))
+    assert [(run.method, run.learning_rate) for run in own] == [("lora", 2e-3), ("full", 1e-4)]
     (run,) = config.runs(dataclasses.replace(command, task="mrpc", methods=("lora",),
                                              learning_rates=(1e-4,), seeds=(0,)))  # fmt: skip
     assert run.epochs == config.PAPER_EPOCHS
