@@ -91,7 +91,11 @@ def test_lengths_give_no_label_away(splits):
     for split in splits:
         lengths = np.array([len(e.texts[0].split()) for e in split])
         labels = np.array([e.label for e in split], bool)
-        assert abs(lengths[labels].mean() - lengths[~labels].mean()) < 1.5
+        # Labels are drawn without regard to length; how far the means part depends on the prose,
+        # which differs between versions of CPython: three standard errors.
+        groups = lengths[labels], lengths[~labels]
+        error = np.sqrt(sum(group.var(ddof=1) / len(group) for group in groups))
+        assert abs(groups[0].mean() - groups[1].mean()) < 3 * error
 
 
 @hypothesis.given(seed=st.integers(0, 2**32 - 1), row=st.integers(0, 10**6))
