@@ -196,7 +196,7 @@ def test_any_shape_solves_the_damped_normal_equations(m, r, n, damping, rank_b, 
     da, db = solve(a, b, G, damping=damping)
     mu = S**2 * oracle.damping_of(a, b, damping)
     h = oracle.factor_gradients(a, b, G - step(a, b, da, db), S)
-    scale = np.linalg.norm(G) * np.linalg.norm(a) + 1
+    scale = np.linalg.norm(G) * (np.linalg.norm(a) + np.linalg.norm(b)) + 1
     # a Gram-based solve loses the squared condition number, which damping bounds by 1 / damping
     precision = 4 * jnp.finfo(da.dtype).eps / damping
     for residual, update in zip(h, (da, db), strict=True):
