@@ -21,7 +21,7 @@ EPOCHS = {"pydoc": 2}
 PAPER_EPOCHS = 1
 
 # Each method's own peak rate: one shared rate would suit some and leave the others untrained. Full
-# mode's is near full fine-tuning's; the factors of the other two want one ten to twenty times as high.
+# mode's is near full fine-tuning's; the factors of the other two want ten to twenty times as much.
 RATES = {"full": 1e-4, "lora": 2e-3, "lorapro-full": 2e-4, "lorapro-efficient": 2e-3}
 
 
