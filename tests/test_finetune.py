@@ -21,7 +21,7 @@ import pytest
 import safetensors.numpy
 
 from experiments import config, finetune, methods, prepare, train
-from experiments.config import Command, RunConfig
+from experiments.config import RATES, Command, RunConfig
 from experiments.data.batching import BUCKETS
 from experiments.methods import METHODS
 
@@ -148,7 +148,7 @@ def _kill_when(process: subprocess.Popen, condition) -> None:
 
 def test_a_run_killed_at_any_moment_ends_with_the_same_parameters(tmp_path):
     method = "lorapro-full"
-    name = f"pydoc-tiny-{method}-lr0.0001-seed0"
+    name = f"pydoc-tiny-{method}-lr{RATES[method]}-seed0"
     broken, whole = tmp_path / "broken" / name, tmp_path / "whole" / name
 
     def newest() -> int:

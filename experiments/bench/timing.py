@@ -2,7 +2,8 @@
 
 These are shared machines whose speed drifts. Each round calls every variant once, forwards or
 backwards in turn; a ratio is the median over the rounds of the ratio to the reference variant in
-the same round, which a drifting machine disturbs least.
+the same round, which a drifting machine disturbs least. Before each call the process rests: the
+worker threads of the variant before (PyTorch's spin for some milliseconds) are asleep by then.
 """
 
 import dataclasses
@@ -18,6 +19,8 @@ from rich.table import Table
 
 from experiments.provenance import provenance
 
+_REST = 0.05  # seconds
+
 
 def by_turns(
     calls: Mapping[Hashable, Callable[[], Any]], rounds: int, few: Mapping[str, int] | None = None
@@ -31,6 +34,7 @@ def by_turns(
         for name in list(calls)[:: 1 if number % 2 else -1]:
             if number >= (few or {}).get(name, rounds):
                 continue
+            time.sleep(_REST)
             start = time.perf_counter()
             calls[name]()
             if number >= 0:
