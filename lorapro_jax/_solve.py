@@ -18,17 +18,19 @@ m and n may each be several axes: they are contracted whole, nothing is reshaped
 sharded axis stays as it is.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float
 
 CHOICES = ("sylvester", "zero", "symmetric")  # of x: which minimiser
 
 # TPUs and Ampere GPUs would run float32 products at bf16 or tf32, whose error the
 # inverse Grams amplify by the square of the condition number.
-_PRECISION = jax.lax.Precision.HIGHEST
+_PRECISION = lax.Precision.HIGHEST
 
 
 class Spectrum(NamedTuple):
@@ -86,6 +88,35 @@ def shared_core(b: Float[Array, "r *n"], h_b: Float[Array, "r *n"]) -> Float[Arr
     return gram_right(h_b, b)
 
 
+@custom_vmap
+def _eigh(x: Float[Array, "k r r"]) -> tuple[Float[Array, "k r"], Float[Array, "k r r"]]:
+    """`jnp.linalg.eigh` of symmetric matrices, in a way that cannot hang on a CPU.
+
+    There jaxlib splits a large batch into tasks for XLA's thread pool and waits for them on a
+    thread of that pool. Two such calls at once, for pairs of two shapes, wait for each other for
+    ever on a machine of two cores. Batches too small to be split do not, and run no slower.
+    """
+    rank = x.shape[-1]
+    # jaxlib (lapack_kernels.cc) splits from 200,000 operations on; eigh takes about 9 r³
+    at_once = max(1, 100_000 // (10 * rank**3))
+
+    def one_thread(x):
+        return lax.map(eigh, x, batch_size=at_once) if len(x) > at_once else eigh(x)
+
+    def eigh(x):
+        return tuple(jnp.linalg.eigh(x, symmetrize_input=False))
+
+    return lax.platform_dependent(x, cpu=one_thread, default=eigh)
+
+
+@_eigh.def_vmap
+def _(size: int, in_batched: list[bool], x: Array) -> tuple[tuple[Array, Array], Any]:
+    """A batch of batches is one batch, so that `_eigh` sees the whole of it."""
+    del in_batched  # x is the only argument
+    found = _eigh(jnp.reshape(x, (-1, *x.shape[2:])))
+    return tuple(jnp.reshape(y, (size, -1, *y.shape[1:])) for y in found), (True, True)
+
+
 def spectrum(P: Float[Array, "r r"], Q: Float[Array, "r r"], damping: Float[Array, ""]) -> Spectrum:
     """Eigendecompositions of P and Q, and λ = damping · max(tr P, tr Q) / r.
 
@@ -93,7 +124,7 @@ def spectrum(P: Float[Array, "r r"], Q: Float[Array, "r r"], damping: Float[Arra
     working precision is raised to it: below that, the eigenvalues of a rank-deficient Gram are
     rounding errors, and dividing by them would return noise.
     """
-    eigenvalues, vectors = jnp.linalg.eigh(jnp.stack([P, Q]), symmetrize_input=False)
+    eigenvalues, vectors = _eigh(jnp.stack([P, Q]))
     p, q = jnp.maximum(eigenvalues, 0)  # a Gram has no negative eigenvalue; rounding does
     info = jnp.finfo(P.dtype)
     mean = jnp.maximum(jnp.trace(P), jnp.trace(Q)) / P.shape[0]

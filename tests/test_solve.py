@@ -1,5 +1,9 @@
 """The closed form against the dense float64 oracle, its invariants, and its limits."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -277,3 +281,45 @@ def test_an_unknown_choice_is_refused(rng):
     a, b, G = oracle.pair(rng, 5, 2, 4)
     with pytest.raises(ValueError, match="x must be one of sylvester, zero, symmetric"):
         solve(a, b, G, x="newton")
+
+
+_TWO_CORES = """
+import functools, os, sys
+os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:2]))
+import jax, jax.numpy as jnp
+from lorapro_jax import _solve
+
+rank = int(sys.argv[1])
+shapes = [(64 + 16 * i, 96) for i in range(8)]
+keys = jax.random.split(jax.random.key(0), len(shapes))
+problems = [
+    (jax.random.normal(k, (16, m, rank)), jax.random.normal(k, (16, rank, n)))
+    for k, (m, n) in zip(keys, shapes)
+]
+
+@jax.jit
+def step(problems):
+    solve = functools.partial(_solve.solve, s=jnp.float32(2), damping=jnp.float32(1e-6))
+    return [jax.vmap(lambda a, b: solve(a, b, a, b))(a, b) for a, b in problems]
+
+for _ in range(40):
+    jax.block_until_ready(step(problems))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cannot choose the cores here")
+@pytest.mark.parametrize("rank", [16, 64])
+def test_many_shapes_on_two_cores_do_not_wait_for_each_other(rank):
+    """In a process of its own: what is tested for is that it ends."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", _TWO_CORES, str(rank)]
+    subprocess.run(command, env=environment, check=True, timeout=120)
+
+
+def test_a_batch_of_batches_has_the_eigenvectors_of_each():
+    x = np.random.default_rng(0).normal(size=(3, 5, 2, 16, 16))
+    x = x @ np.swapaxes(x, -1, -2)
+    values, vectors = jax.jit(jax.vmap(jax.vmap(_solve._eigh)))(x)
+    np.testing.assert_allclose(values, np.linalg.eigvalsh(x), rtol=1e-10, atol=1e-10)
+    rebuilt = (vectors * values[..., None, :]) @ np.swapaxes(vectors, -1, -2)
+    np.testing.assert_allclose(rebuilt, x, rtol=1e-10, atol=1e-10)

@@ -2,8 +2,9 @@
 
 These are shared machines whose speed drifts. Each round calls every variant once, forwards or
 backwards in turn; a ratio is the median over the rounds of the ratio to the reference variant in
-the same round, which a drifting machine disturbs least. Before each call the process rests: the
-worker threads of the variant before (PyTorch's spin for some milliseconds) are asleep by then.
+the same round, which a drifting machine disturbs least. Each turn is two calls of which the second
+is timed: the first finds the caches full of another variant's arrays, and the cores busy with its
+worker threads, which in PyTorch's case spin for some milliseconds.
 """
 
 import dataclasses
@@ -19,8 +20,6 @@ from rich.table import Table
 
 from experiments.provenance import provenance
 
-_REST = 0.05  # seconds
-
 
 def by_turns(
     calls: Mapping[Hashable, Callable[[], Any]], rounds: int, few: Mapping[str, int] | None = None
@@ -34,7 +33,7 @@ def by_turns(
         for name in list(calls)[:: 1 if number % 2 else -1]:
             if number >= (few or {}).get(name, rounds):
                 continue
-            time.sleep(_REST)
+            calls[name]()
             start = time.perf_counter()
             calls[name]()
             if number >= 0:
