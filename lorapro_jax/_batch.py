@@ -22,9 +22,9 @@ from lorapro_jax._layouts import Pair, flatten, read
 from lorapro_jax._solve import Spectrum
 
 # Pairs of a group. XLA compiles one kernel for each place in a batch that an update is taken from,
-# and shares it between batches of one size. On 2 CPU cores 8, 16 and 32 run within 15 % of one
-# another, 16 fastest.
-_PAIRS_PER_GROUP = 16
+# and shares it between batches of one size. On 2 CPU cores 4 to 24 run within 10 % of one another;
+# the Grams of 8 pairs of rank 8 go through one LAPACK call.
+_PAIRS_PER_GROUP = 8
 
 Scale = float | Array | Callable[[str], float]
 
@@ -68,7 +68,7 @@ def aligned(paths: list[str], leaves: list[Any], params: Any) -> list[Any]:
 
 
 def groups(pairs: Sequence[Pair], params: Sequence[Any]) -> dict[str, Group]:
-    """Pairs of one kind, shape and dtype, by the path of the first of up to 16."""
+    """Pairs of one kind, shape and dtype, by the path of the first of up to 8."""
     alike: dict[Any, list[Pair]] = {}
     for pair in pairs:
         kind = re.sub(r"\d+", "*", pair.path)

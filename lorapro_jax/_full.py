@@ -32,7 +32,7 @@ from lorapro_jax._layouts import Pair, check_leaves, factor_indices, flatten, wr
 class FullState(NamedTuple):
     """State of full mode. The moments are those of g~, by groups of pairs of one kind and shape.
 
-    A group is named by the path of its first pair and holds up to 16, in the order of their paths,
+    A group is named by the path of its first pair and holds up to 8, in the order of their paths,
     which differ in their numbers only. Along the first axis are layers of a scan, heads and
     separate layers alike.
     """
