@@ -1,13 +1,12 @@
 """Pairs of one shape as one batch, so that a program grows with the shapes and not with the layers.
 
-A batch holds the pairs of one kind: layers of a scan, heads, and separate layers whose paths differ
-in their numbers only. Those are sharded alike, which pairs of one shape need not be: stacking a
-column-parallel and a row-parallel factor would move one of them between devices.
+A batch is one pair with batch axes (layers of a scan, heads, experts), or separate pairs of one
+kind, whose paths differ in their numbers only. Those are sharded alike, which pairs of one shape
+need not be: stacking a column-parallel and a row-parallel factor would move one of them between
+devices.
 """
 
 import functools
-import itertools
-import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -32,21 +31,26 @@ Scale = float | Array | Callable[[str], float]
 class Problem(NamedTuple):
     """The factors and factor gradients of a batch of pairs, widened."""
 
-    a: Array  # (batch, *m, r)
-    b: Array  # (batch, r, *n)
+    a: Array  # (*batch, *m, r)
+    b: Array  # (*batch, r, *n)
     h_a: Array
     h_b: Array
-    s: Array  # (batch,)
+    s: Array  # (*batch,)
 
 
 class Group(NamedTuple):
-    """Pairs that are solved as one batch, one behind the other."""
+    """Pairs that are solved as one batch: one with batch axes of its own, or several without."""
 
     pairs: tuple[Pair, ...]
-    sizes: tuple[int, ...]  # entries of each pair: 1, or the product of its batch axes
+    batch: tuple[int, ...]  # sizes of the leading axes: (pairs,) where they are stacked
     m: tuple[int, ...]
     n: tuple[int, ...]
     dtype: Any  # the factors', float32 or better
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the leading axis was made by stacking pairs."""
+        return not self.pairs[0].a_axes.batch
 
 
 def aligned(paths: list[str], leaves: list[Any], params: Any) -> list[Any]:
@@ -71,25 +75,23 @@ def groups(pairs: Sequence[Pair], params: Sequence[Any]) -> dict[str, Group]:
     """Pairs of one kind, shape and dtype, by the path of the first of up to 8."""
     alike: dict[Any, list[Pair]] = {}
     for pair in pairs:
-        kind = re.sub(r"\d+", "*", pair.path)
+        kind = pair.path if pair.a_axes.batch else re.sub(r"\d+", "*", pair.path)
         alike.setdefault((kind, pair.rank, *_kernel(pair, params)), []).append(pair)
-    cut = _PAIRS_PER_GROUP
     result = {}
-    for (*_, m, n, dtype), members in alike.items():
-        for k in range(0, len(members), cut):
-            chosen = tuple(members[k : k + cut])
-            sizes = tuple(
-                math.prod(params[pair.a].shape[i] for i in pair.a_axes.batch) for pair in chosen
-            )
-            result[chosen[0].path] = Group(chosen, sizes, m, n, dtype)
+    for (*_, batch, m, n, dtype), members in alike.items():
+        for k in range(0, len(members), _PAIRS_PER_GROUP):
+            chosen = tuple(members[k : k + _PAIRS_PER_GROUP])
+            result[chosen[0].path] = Group(chosen, batch or (len(chosen),), m, n, dtype)
     return result
 
 
-def _kernel(pair: Pair, params: Sequence[Any]) -> tuple[tuple[int, ...], tuple[int, ...], Any]:
+def _kernel(pair: Pair, params: Sequence[Any]) -> tuple[Any, ...]:
+    """Sizes of the batch axes, of m and of n, and the dtype."""
     a, b = params[pair.a], params[pair.b]
+    batch = tuple(a.shape[i] for i in pair.a_axes.batch)
     m = tuple(a.shape[i] for i in pair.a_axes.others)
     n = tuple(b.shape[i] for i in pair.b_axes.others)
-    return m, n, jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
+    return batch, m, n, jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
 
 
 def problem(
@@ -97,45 +99,49 @@ def problem(
 ) -> Problem:
     """The pairs of a group of two flattened trees, in float32 or better."""
     scales = []
-    for pair, size in zip(group.pairs, group.sizes, strict=True):
+    for pair in group.pairs:
         s = scale(pair.path) if callable(scale) else scale
         check_scale(s, f"{pair.path}: scale")
-        scales.append(jnp.broadcast_to(jnp.asarray(s), size))
+        scales.append(jnp.asarray(s))
+    s = jnp.stack(scales) if group.stacked else jnp.broadcast_to(scales[0], group.batch)
     slopes = stacked(group, gradients, read_gradients)
     wide = [_solve.widen(x) for x in (*stacked(group, params), *slopes)]
     dtype = jnp.result_type(*wide)
-    return Problem(*(x.astype(dtype) for x in (*wide, _stack(scales))))
+    return Problem(*(x.astype(dtype) for x in (*wide, s)))
 
 
 def stacked(group: Group, leaves: Sequence[Array], reader: Callable = read) -> list[Array]:
-    """The group's factors or steps (or gradients, with that reader), one behind the other."""
+    """The group's factors or steps (or gradients, with that reader) as two arrays."""
     columns = zip(*(reader(pair, leaves) for pair in group.pairs), strict=True)
-    return [_stack(column) for column in columns]
-
-
-def _stack(columns: Sequence[Array]) -> Array:
-    return columns[0] if len(columns) == 1 else jnp.concatenate(columns)
+    return [jnp.stack(column) if group.stacked else column[0] for column in columns]
 
 
 def unstacked(tree: Any, group: Group) -> list[Any]:
-    """One tree for each pair of the group, cut from the arrays' first axis."""
-    stops = list(itertools.accumulate(group.sizes))[:-1]
-    leaves, treedef = jax.tree.flatten(tree)
-    columns = zip(*(jnp.split(leaf, stops) for leaf in leaves), strict=True)
-    return [jax.tree.unflatten(treedef, column) for column in columns]
+    """One tree for each pair of the group."""
+    if not group.stacked:
+        return [tree]
+    return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(len(group.pairs))]
+
+
+def over_batch(f: Callable, group: Group, in_axes: Any = 0) -> Callable:
+    """`f` of one pair, for all of a group."""
+    for _ in group.batch:
+        f = jax.vmap(f, in_axes)
+    return f
 
 
 def first_steps(
-    p: Problem, damping: Array | float, x: str = "sylvester"
+    p: Problem, group: Group, damping: Array | float, x: str = "sylvester"
 ) -> tuple[Spectrum, tuple[Array, Array]]:
-    """The spectra of a batch and its (da, db)."""
-    P, Q = jax.vmap(_solve.grams)(p.a, p.b)
-    spec = jax.vmap(_solve.spectrum, (0, 0, None))(P, Q, jnp.asarray(damping, P.dtype))
-    return spec, steps(p, spec, x)
+    """The spectra of a group and its (da, db)."""
+    P, Q = over_batch(_solve.grams, group)(p.a, p.b)
+    absolute = jnp.asarray(damping, P.dtype)
+    spec = over_batch(_solve.spectrum, group, (0, 0, None))(P, Q, absolute)
+    return spec, steps(p, group, spec, x)
 
 
-def steps(p: Problem, spec: Spectrum, x: str) -> tuple[Array, Array]:
-    """(da, db) of a batch whose spectra are known."""
-    core = jax.vmap(_solve.shared_core)(p.b, p.h_b)
-    found = jax.vmap(functools.partial(_solve.coefficients, x=x))(spec, core, p.s)
-    return jax.vmap(_solve.combine)(p.a, p.b, p.h_a, p.h_b, found)
+def steps(p: Problem, group: Group, spec: Spectrum, x: str) -> tuple[Array, Array]:
+    """(da, db) of a group whose spectra are known."""
+    core = over_batch(_solve.shared_core, group)(p.b, p.h_b)
+    found = over_batch(functools.partial(_solve.coefficients, x=x), group)(spec, core, p.s)
+    return over_batch(_solve.combine, group)(p.a, p.b, p.h_a, p.h_b, found)

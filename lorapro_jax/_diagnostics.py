@@ -5,10 +5,8 @@ R = [b; db] (2r, n). Two such steps have <L R, L' R'> = sum((Lᵀ L') ∘ (R R'�
 figure here costs O((m + n) r²): neither G nor any (m, n) array is formed.
 """
 
-import functools
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float
@@ -20,11 +18,12 @@ from lorapro_jax._batch import (
     aligned,
     first_steps,
     groups,
+    over_batch,
     problem,
     stacked,
     unstacked,
 )
-from lorapro_jax._layouts import Layout, Pair, find_pairs, flatten
+from lorapro_jax._layouts import Layout, find_pairs, flatten
 
 
 class PairDiagnostics(NamedTuple):
@@ -92,19 +91,14 @@ def diagnose(
     found = {}
     for group in groups(pairs, values).values():
         p = problem(group, values, leaves, scale)
-        _, target = first_steps(p, 0.0)
+        _, target = first_steps(p, group, 0.0)
         if new is None:
-            _, taken = first_steps(p, damping)
+            _, taken = first_steps(p, group, damping)
         else:
             taken = tuple(-_solve.widen(x) for x in stacked(group, new))
-        figures = unstacked(_figures(p, taken, target), group)
-        for pair, own in zip(group.pairs, figures, strict=True):
-            found[pair.path] = jax.tree.map(functools.partial(_unbatched, pair, leaves), own)
+        figures = unstacked(over_batch(_figures, group)(p, taken, target), group)
+        found |= zip((pair.path for pair in group.pairs), figures, strict=True)
     return {pair.path: found[pair.path] for pair in pairs}
-
-
-def _unbatched(pair: Pair, leaves: list[Any], value: Array) -> Array:
-    return value.reshape([leaves[pair.a].shape[axis] for axis in pair.a_axes.batch])
 
 
 def _inner(L: Array, R: Array, L2: Array, R2: Array) -> Array:
@@ -135,7 +129,10 @@ def _condition(factor: Array) -> Array:
     return jnp.where(values[-1] > 0, values[0] / values[-1], jnp.inf)  # also where 0 / 0
 
 
-@jax.vmap
+def _norm(x: Array) -> Array:
+    return jnp.sqrt(jnp.sum(x * x))
+
+
 def _figures(p: Problem, step, target) -> PairDiagnostics:
     cosine, distance, norm_step, norm_target = _compare(p, step, target)
     lora_cosine, lora_distance, _, _ = _compare(p, (p.h_a, p.h_b), target)
@@ -146,8 +143,8 @@ def _figures(p: Problem, step, target) -> PairDiagnostics:
         lora_distance,
         _condition(p.a),
         _condition(jnp.moveaxis(p.b, 0, -1)),
-        jnp.linalg.norm(step[0].ravel()),
-        jnp.linalg.norm(step[1].ravel()),
+        _norm(step[0]),
+        _norm(step[1]),
         norm_step,
         norm_target,
     )

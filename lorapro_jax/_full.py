@@ -1,7 +1,8 @@
 """Full mode: Adam's moments of the equivalent gradient, two (m, n) arrays a pair (Algorithm 2).
 
 A group of pairs has its moments in one array, one behind the other, and a loop takes them in turn:
-what is dense beside them exists for one pair at a time.
+what is dense beside them exists for one pair at a time. A pair with batch axes is looped over the
+first of them (scanned layers), unless the type of its factors says that this axis is sharded.
 """
 
 import functools
@@ -22,23 +23,32 @@ from lorapro_jax._batch import (
     aligned,
     first_steps,
     groups,
+    over_batch,
     problem,
     steps,
     unstacked,
 )
-from lorapro_jax._layouts import Pair, check_leaves, factor_indices, flatten, write
+from lorapro_jax._layouts import (
+    Pair,
+    check_leaves,
+    factor_indices,
+    flatten,
+    kernel_spec,
+    write,
+)
+from lorapro_jax._sharding import explicit, spec_of
 
 
 class FullState(NamedTuple):
     """State of full mode. The moments are those of g~, by groups of pairs of one kind and shape.
 
     A group is named by the path of its first pair and holds up to 8, in the order of their paths,
-    which differ in their numbers only. Along the first axis are layers of a scan, heads and
-    separate layers alike.
+    which differ in their numbers only. A pair with batch axes is a group of its own and has these
+    axes in front.
     """
 
     count: Int[Array, ""]  # steps taken
-    mu: Any  # {group: (pairs, *m, *n)}, float32 or mu_dtype
+    mu: Any  # {group: (pairs or *batch, *m, *n)}, float32 or mu_dtype
     nu: Any  # the same in float32 or better
     rest: Any  # plain Adam's state for the leaves in no pair
 
@@ -73,8 +83,8 @@ def full_mode(
         if not leaves:  # optax.tree.map_params' placeholder: here a leaf stands for any subtree
             return FullState(count, count, count, rest.init(params))
         found = groups(pairs, leaves).items()
-        mu = {name: _zero_moment(group, mu_dtype) for name, group in found}
-        nu = {name: _zero_moment(group, None) for name, group in found}
+        mu = {name: _zero_moment(group, leaves, mu_dtype) for name, group in found}
+        nu = {name: _zero_moment(group, leaves, None) for name, group in found}
         return FullState(count, mu, nu, rest.init(params))
 
     def update(updates, state, params=None, **extra_args):
@@ -90,10 +100,10 @@ def full_mode(
         mu, nu = {}, {}
         for name, group in groups(pairs, values).items():
             p = problem(group, values, leaves, scale)
-            spec, (da, db) = first_steps(p, damping, x)
+            spec, (da, db) = first_steps(p, group, damping, x)
             moments = state.mu[name], state.nu[name]
-            mu[name], nu[name], h_a, h_b = _adam(p, da, db, *moments, count, betas)
-            taken = steps(p._replace(h_a=h_a, h_b=h_b), spec, x)
+            mu[name], nu[name], h_a, h_b = _adam(p, group, da, db, *moments, count, betas)
+            taken = steps(p._replace(h_a=h_a, h_b=h_b), group, spec, x)
             for pair, (da, db) in zip(group.pairs, unstacked(taken, group), strict=True):
                 write(pair, da, db, new)
         return jax.tree.unflatten(treedef, new), FullState(count, mu, nu, rest_state)
@@ -101,14 +111,18 @@ def full_mode(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _zero_moment(group: Group, dtype: Any) -> Array:
-    """Zeros of the group's kernels, (pairs, *m, *n), in `dtype` or float32 and better."""
-    shape = sum(group.sizes), *group.m, *group.n
-    return jnp.zeros(shape, group.dtype if dtype is None else dtype)
+def _zero_moment(group: Group, leaves: list[Any], dtype: Any) -> Array:
+    """Zeros of the group's kernels in `dtype` or float32 and better, sharded as they would be."""
+    shape = *group.batch, *group.m, *group.n
+    pair = group.pairs[0]
+    a, b = leaves[pair.a], leaves[pair.b]
+    sharding = explicit(a, kernel_spec(pair, spec_of(a), spec_of(b)))
+    return jnp.zeros(shape, group.dtype if dtype is None else dtype, out_sharding=sharding)
 
 
 def _adam(
     p: Problem,
+    group: Group,
     da: Array,
     db: Array,
     mu: Array,
@@ -119,25 +133,34 @@ def _adam(
     """A group's new moments, and the factor gradients that Adam's direction would cause."""
     b1, b2, eps = betas
     correction_1, correction_2 = (jnp.asarray(1 - decay**count, p.a.dtype) for decay in (b1, b2))
+    project, equivalent = (
+        over_batch(f, group) for f in (_solve.project, _solve.equivalent_gradient)
+    )
 
-    def one(i, carry):
+    def some(at, put, carry):
         # XLA's CPU backend updates a moment where it lies, in one pass, if it is read at the very
         # index where it is written, with no reshape between, and read back for the direction.
         # Otherwise it copies the whole group's for every pair.
-        at = functools.partial(lax.dynamic_slice_in_dim, start_index=i, slice_size=1)
-        put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=i, axis=0)
         mu, nu, da, db = carry
         a, b, s = at(p.a), at(p.b), at(p.s)
-        g = jax.vmap(_solve.equivalent_gradient)(a, b, at(da), at(db), s)
+        g = equivalent(a, b, at(da), at(db), s)
         mu = put(mu, _average(g, at(mu), b1))
         nu = put(nu, _average(g * g, at(nu), b2))
         m = at(mu).astype(g.dtype) / correction_1
         U = m / (jnp.sqrt(at(nu) / correction_2) + eps)
-        h_a, h_b = jax.vmap(_solve.project)(a, b, U, s)
+        h_a, h_b = project(a, b, U, s)
         return mu, nu, put(da, h_a), put(db, h_b)
 
+    def one(i, carry):
+        at = functools.partial(lax.dynamic_slice_in_dim, start_index=i, slice_size=1)
+        put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=i, axis=0)
+        return some(at, put, carry)
+
     # A pair's (da, db) are not needed once its g~ is formed: h_a and h_b take their place.
-    return lax.fori_loop(0, p.a.shape[0], one, (mu, nu, da, db))
+    carry = mu, nu, da, db
+    if spec_of(p.a)[0] is not None:  # each device has its own part of the batch
+        return some(lambda x: x, lambda old, new: new, carry)
+    return lax.fori_loop(0, group.batch[0], one, carry)
 
 
 def _average(g: Array, moment: Array, decay: float | Array) -> Array:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from lorapro_jax._paths import no_match_error, path_str
+from lorapro_jax._sharding import joined
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,8 +219,8 @@ def _by_name(paths: Sequence[str], layout: Layout) -> dict[str, dict[str, int]]:
         if len(factors) == 1:
             (role, i), other = *factors.items(), "b" if "a" in factors else "a"
             raise ValueError(
-                f"{name.rstrip(_SEPARATORS) or 'the root'} has {paths[i].rsplit('/', 1)[-1]} ({role}) but "
-                f"no matching {other}; train and freeze both together, or pass layout=..."
+                f"{name.rstrip(_SEPARATORS) or 'the root'} has {paths[i].rsplit('/', 1)[-1]} "
+                f"({role}) but no matching {other}; train and freeze both together, or pass layout=..."
             )
     return found
 
@@ -255,15 +256,6 @@ def find_pairs(
     return tuple(sorted(pairs))
 
 
-def _canonical(x: Array, axes: Axes, order: Sequence[int]) -> Array:
-    """Transposed to `order`, the leading batch axes as one (of size 1 where there is none)."""
-    order = [axis for axis in order if axis not in axes.summed]
-    kept = sorted(order)
-    x = jnp.transpose(x, [kept.index(axis) for axis in order])
-    batches = len(axes.batch)
-    return x if batches == 1 else jnp.reshape(x, (-1, *x.shape[batches:]))
-
-
 def _a_order(axes: Axes) -> tuple[int, ...]:
     return (*axes.batch, *axes.summed, *axes.others, axes.rank)
 
@@ -273,12 +265,12 @@ def _b_order(axes: Axes) -> tuple[int, ...]:
 
 
 def read(pair: Pair, leaves: Sequence[Array]) -> tuple[Array, Array]:
-    """A pair of factors, or of steps, as a (batch, *m, r) and b (batch, r, *n)."""
+    """A pair of factors, or of steps, as a (*batch, *m, r) and b (*batch, r, *n)."""
     return _read(pair, leaves, jnp.sum)
 
 
 def read_gradients(pair: Pair, leaves: Sequence[Array]) -> tuple[Array, Array]:
-    """A pair of factor gradients as a (batch, *m, r) and b (batch, r, *n).
+    """A pair of factor gradients as a (*batch, *m, r) and b (*batch, r, *n).
 
     Every slice along a summed axis has the gradient of the sum.
     """
@@ -286,24 +278,10 @@ def read_gradients(pair: Pair, leaves: Sequence[Array]) -> tuple[Array, Array]:
 
 
 def _read(pair: Pair, leaves: Sequence[Array], reduce: Callable) -> tuple[Array, Array]:
-    a, b = leaves[pair.a], leaves[pair.b]
-    if pair.b_axes.summed:
-        b = reduce(b, axis=pair.b_axes.summed)
-    return (
-        _canonical(a, pair.a_axes, _a_order(pair.a_axes)),
-        _canonical(b, pair.b_axes, _b_order(pair.b_axes)),
-    )
-
-
-def _restore(x: Array, axes: Axes, order: Sequence[int], like: Any) -> Array:
-    sizes = [like.shape[axis] for axis in order]
-    first, last = len(axes.batch), len(axes.batch) + len(axes.summed)
-    if axes.summed:  # to each slice its share
-        share = x / math.prod(sizes[first:last])
-        x = jnp.reshape(share, [*sizes[:first], *[1] * (last - first), *sizes[last:]])
-        x = jnp.broadcast_to(x, sizes)
-    x = jnp.reshape(x, sizes)
-    return jnp.transpose(x, [order.index(axis) for axis in range(len(order))]).astype(like.dtype)
+    a = jnp.transpose(leaves[pair.a], _a_order(pair.a_axes))
+    b = jnp.transpose(leaves[pair.b], _b_order(pair.b_axes))
+    first, last = len(pair.b_axes.batch), len(pair.b_axes.batch) + len(pair.b_axes.summed)
+    return a, reduce(b, axis=range(first, last)) if first < last else b
 
 
 def write(pair: Pair, a: Array, b: Array, leaves: list[Any]) -> None:
@@ -312,8 +290,23 @@ def write(pair: Pair, a: Array, b: Array, leaves: list[Any]) -> None:
     Along a summed axis each slice gets an equal share: of all ways to change the sum the one of
     least norm.
     """
-    leaves[pair.a] = _restore(a, pair.a_axes, _a_order(pair.a_axes), leaves[pair.a])
-    leaves[pair.b] = _restore(b, pair.b_axes, _b_order(pair.b_axes), leaves[pair.b])
+    first, slices = len(pair.b_axes.batch), [leaves[pair.b].shape[i] for i in pair.b_axes.summed]
+    if slices:
+        share = jnp.expand_dims(b / math.prod(slices), range(first, first + len(slices)))
+        b = jnp.broadcast_to(share, [*b.shape[:first], *slices, *b.shape[first:]])
+    for x, i, order in ((a, pair.a, _a_order(pair.a_axes)), (b, pair.b, _b_order(pair.b_axes))):
+        back = [order.index(axis) for axis in range(len(order))]
+        leaves[i] = jnp.transpose(x, back).astype(leaves[i].dtype)
+
+
+def kernel_spec(pair: Pair, a_spec: Sequence[Any], b_spec: Sequence[Any]) -> tuple[Any, ...]:
+    """How (*batch, *m, *n) is sharded where the leaves are sharded so; (pairs, ...) if no batch.
+
+    A mesh axis that shards rows and columns shards the rows.
+    """
+    batch = [a_spec[i] for i in pair.a_axes.batch] or [None]
+    rows = [a_spec[i] for i in pair.a_axes.others]
+    return joined(batch, rows, [b_spec[i] for i in pair.b_axes.others])
 
 
 def factor_indices(pairs: Iterable[Pair]) -> frozenset[int]:

@@ -25,11 +25,9 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float
 
-CHOICES = ("sylvester", "zero", "symmetric")  # of x: which minimiser
+from lorapro_jax._sharding import contract
 
-# TPUs and Ampere GPUs would run float32 products at bf16 or tf32, whose error the
-# inverse Grams amplify by the square of the condition number.
-_PRECISION = lax.Precision.HIGHEST
+CHOICES = ("sylvester", "zero", "symmetric")  # of x: which minimiser
 
 
 class Spectrum(NamedTuple):
@@ -57,19 +55,19 @@ def widen(x: Array) -> Array:
 
 
 def _dot(x: Array, y: Array) -> Array:
-    return jnp.tensordot(x, y, 1, precision=_PRECISION)
+    return contract(x, y, [x.ndim - 1], [0])
 
 
 def gram_left(x: Float[Array, "*m r"], y: Float[Array, "*m k"]) -> Float[Array, "r k"]:
     """xᵀ y, contracted over every axis but the last."""
     axes = list(range(x.ndim - 1))
-    return jnp.tensordot(x, y, (axes, axes), precision=_PRECISION)
+    return contract(x, y, axes, axes)
 
 
 def gram_right(x: Float[Array, "r *n"], y: Float[Array, "k *n"]) -> Float[Array, "r k"]:
     """x yᵀ, contracted over every axis but the first."""
     axes = list(range(1, x.ndim))
-    return jnp.tensordot(x, y, (axes, axes), precision=_PRECISION)
+    return contract(x, y, axes, axes)
 
 
 def grams(
@@ -208,10 +206,8 @@ def project(
     """The factor gradients (s U bᵀ, s aᵀ U) that a full-weight direction U would have caused."""
     m, n = a.ndim - 1, b.ndim - 1
     rows, cols = list(range(m)), list(range(m, m + n))
-    h_a = jnp.tensordot(
-        U, b * s.astype(b.dtype), (cols, list(range(1, n + 1))), precision=_PRECISION
-    )
-    h_b = jnp.tensordot(a * s.astype(a.dtype), U, (rows, rows), precision=_PRECISION)
+    h_a = contract(U, b * s.astype(b.dtype), cols, list(range(1, n + 1)), like=a)
+    h_b = contract(a * s.astype(a.dtype), U, rows, rows, like=b)
     return h_a, h_b
 
 

@@ -81,7 +81,7 @@ def lorapro(
         new = list(leaves)
         values = aligned(paths, leaves, params)
         for group in groups(pairs, values).values():
-            _, taken = first_steps(problem(group, values, leaves, scale), damping, x)
+            _, taken = first_steps(problem(group, values, leaves, scale), group, damping, x)
             for pair, (da, db) in zip(group.pairs, unstacked(taken, group), strict=True):
                 write(pair, da, db, new)
         return jax.tree.unflatten(treedef, new), state

@@ -143,7 +143,8 @@ def test_declared_axes_give_each_batch_its_own_dense_solution(x64, case):
     (pair,) = pairs_of(tree, layout)
     leaves = jax.tree.leaves(tree)
     a, b = (np.asarray(x) for x in read(pair, leaves))
-    batch, r = a.shape[0], a.shape[-1]
+    batches = len(dims.get("a_batch", ()))
+    batch, r = int(np.prod(a.shape[:batches])), a.shape[-1]
     a, b = a.reshape(batch, -1, r), b.reshape(batch, r, -1)
     G = rng.normal(size=(batch, a.shape[1], b.shape[2]))
     grads = [jnp.zeros_like(leaf) for leaf in leaves]
@@ -153,7 +154,7 @@ def test_declared_axes_give_each_batch_its_own_dense_solution(x64, case):
     tx = lp.lorapro(2.0, layout=layout)
     updates, _ = tx.update(jax.tree.unflatten(jax.tree.structure(tree), grads), tx.init(tree), tree)
     assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, tree)
-    da, db = (np.asarray(x) for x in read(pair, jax.tree.leaves(updates)))
+    da, db = (np.asarray(x).reshape(batch, -1) for x in read(pair, jax.tree.leaves(updates)))
     for i in range(batch):
         found = oracle.split(
             np.concatenate([da[i].ravel(), db[i].ravel()]), a[i], b[i].reshape(r, -1)

@@ -60,7 +60,10 @@ def check(params, deltas, layout, scale, expected_pairs):
     for pair in pairs:
         views = read(pair, leaves), read_gradients(pair, treedef.flatten_up_to(grads))
         views = *views, read(pair, treedef.flatten_up_to(updates))
-        (a, b), (h_a, h_b), (da, db) = (map(np.asarray, view) for view in views)
+        # one entry of the batch after the other
+        (a, b), (h_a, h_b), (da, db) = (
+            [np.asarray(x).reshape(len(truth[pair.path]), -1) for x in view] for view in views
+        )
         for i, (delta, g) in enumerate(zip(truth[pair.path], G[pair.path], strict=True)):
             a2, b2 = a[i].reshape(-1, RANK), b[i].reshape(RANK, -1)
             np.testing.assert_allclose(scale * a2 @ b2, delta, atol=1e-12)

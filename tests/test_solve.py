@@ -316,7 +316,7 @@ def test_many_shapes_on_two_cores_do_not_wait_for_each_other(rank):
     subprocess.run(command, env=environment, check=True, timeout=120)
 
 
-def test_a_batch_of_batches_has_the_eigenvectors_of_each():
+def test_a_batch_of_batches_has_the_eigenvectors_of_each(x64):
     x = np.random.default_rng(0).normal(size=(3, 5, 2, 16, 16))
     x = x @ np.swapaxes(x, -1, -2)
     values, vectors = jax.jit(jax.vmap(jax.vmap(_solve._eigh)))(x)

@@ -1,0 +1,67 @@
+"""Contractions that say how their result is sharded, and the sharding of a kernel from its factors.
+
+With explicit mesh axes a sharding is part of an array's type, and a product over a sharded axis
+must state its own: the Gram of a row-sharded factor is replicated, after an all-reduce of (r, r).
+With automatic axes nothing is stated and XLA decides.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+# TPUs and Ampere GPUs would run float32 products at bf16 or tf32, whose error the
+# inverse Grams amplify by the square of the condition number.
+_PRECISION = lax.Precision.HIGHEST
+
+
+def contract(
+    x: Array,
+    y: Array,
+    x_axes: Sequence[int],
+    y_axes: Sequence[int],
+    like: Array | None = None,
+) -> Array:
+    """`jnp.tensordot` in full precision, sharded like `like` or as the axes that are left."""
+    if like is None:
+        specs = left_over(spec_of(x), x_axes), left_over(spec_of(y), y_axes)
+        out = explicit(x, joined(*specs))
+    else:
+        out = explicit(like, spec_of(like))
+    axes = (list(x_axes), list(y_axes))
+    return jnp.tensordot(x, y, axes, precision=_PRECISION, out_sharding=out)
+
+
+def spec_of(x: Any) -> tuple[Any, ...]:
+    """The mesh axes that each axis of an array is explicitly sharded over, or None."""
+    spec = jax.typeof(x).sharding.spec
+    return (*spec, *[None] * (x.ndim - len(spec)))
+
+
+def explicit(x: Any, spec: Sequence[Any]) -> NamedSharding | None:
+    """`spec` on the explicit mesh of `x`; None where there is none."""
+    mesh = jax.typeof(x).sharding.mesh
+    if mesh.empty or not mesh.explicit_axes:
+        return None
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def left_over(spec: Sequence[Any], axes: Sequence[int]) -> list[Any]:
+    """The entries of all axes but those."""
+    return [entry for i, entry in enumerate(spec) if i not in axes]
+
+
+def joined(*specs: Iterable[Any]) -> tuple[Any, ...]:
+    """Specs one after the other. A mesh axis shards one axis only: the first keeps it."""
+    used: set[str] = set()
+    result = []
+    for entry in (entry for spec in specs for entry in spec):
+        names = (entry,) if isinstance(entry, str) else tuple(entry or ())
+        kept = tuple(name for name in names if name not in used)
+        used.update(kept)
+        result.append(kept[0] if len(kept) == 1 else kept or None)
+    return tuple(result)
