@@ -1,0 +1,173 @@
+"""Which Hugging Face modules a pair stands for, and which slices of a and b belong to each.
+
+Slices are of the canonical factors, a (batch, *m, r) and b (batch, r, *n): a batch entry is a
+module of its own, and a Split divides one axis of one factor further, the other factor shared.
+"""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from lorapro_jax import _layouts
+from lorapro_jax._layouts import Pair
+from lorapro_jax._paths import no_match_error
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Several Hugging Face modules that one pair adapts at once, side by side along one axis.
+
+    A fused query, key and value share a: each module gets all of a and its part of b.
+
+    Args:
+      names: the modules' name templates, in the order in which they lie along the axis.
+      axis: the axis of the leaf, as it is stored, that is divided; may be negative.
+      factor: whose axis. "b" divides the outputs, the usual case; "a" divides the inputs, as for
+        experts that share b.
+      sizes: how much of the axis each module takes; None for equal parts.
+
+    Example:
+      One b (r, 2, heads, width) for key and value:
+
+      >>> from lorapro_jax import peft
+      >>> kv = peft.Split((r"layers.\\1.self_attn.k_proj", r"layers.\\1.self_attn.v_proj"), axis=1)
+    """
+
+    names: tuple[str, ...]
+    axis: int
+    factor: Literal["a", "b"] = "b"
+    sizes: tuple[int, ...] | None = None
+
+
+Target = str | Split
+
+
+class Share(NamedTuple):
+    """One module's part of a pair."""
+
+    module: str
+    a: tuple  # index into a (batch, *m, r) that leaves (*m, r)
+    b: tuple  # index into b (batch, r, *n) that leaves (r, *n)
+
+
+def take(share: Share, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The module's A (r, in) and B (out, r) out of a pair's canonical factors."""
+    a, b = a[share.a], b[share.b]
+    return a.reshape(-1, a.shape[-1]).T, b.reshape(b.shape[0], -1).T
+
+
+def canonical_shapes(pair: Pair, leaves: Sequence[Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes that `_layouts.read` would return, for arrays and ShapeDtypeStructs alike."""
+    two = [jax.ShapeDtypeStruct(leaves[i].shape, leaves[i].dtype) for i in (pair.a, pair.b)]
+    a, b = jax.eval_shape(lambda *factors: _layouts.read(pair._replace(a=0, b=1), factors), *two)
+    return a.shape, b.shape
+
+
+def plan(
+    pairs: Sequence[Pair], leaves: Sequence[Any], modules: Mapping[str, Target]
+) -> dict[str, list[Share]]:
+    """{pair's path: its shares}.
+
+    Raises:
+      ValueError: a pair that no pattern matches or that two match, a pattern that matches no
+        pair, a template that cannot be filled in, a split that does not fit its axis, or one
+        module that is named twice.
+    """
+    for pattern in modules:
+        if not any(re.fullmatch(pattern, pair.path) for pair in pairs):
+            raise no_match_error("modules", pattern, [pair.path for pair in pairs])
+    planned = {pair.path: _shares(pair, leaves, modules) for pair in pairs}
+    owners: dict[str, str] = {}
+    for path, shares in planned.items():
+        for share in shares:
+            if share.module in owners:
+                raise ValueError(
+                    f"modules names {share.module} twice, for {owners[share.module]} and {path}; "
+                    "keep apart what differs: groups of the regex as \\1, the indices of the batch "
+                    "axes (stacked layers) as {0}, {1}"
+                )
+            owners[share.module] = path
+    return planned
+
+
+def _shares(pair: Pair, leaves: Sequence[Any], modules: Mapping[str, Target]) -> list[Share]:
+    match, target = _match(pair.path, modules)
+    a_shape, b_shape = canonical_shapes(pair, leaves)
+    parts = _parts(pair, target, {"a": a_shape, "b": b_shape})
+    sizes = [leaves[pair.a].shape[axis] for axis in pair.a_axes.batch]
+    indices = itertools.product(*map(range, sizes))
+    return [
+        Share(_name(template, match, index), (entry, *a), (entry, *b))
+        for entry, index in enumerate(indices)
+        for template, a, b in parts
+    ]
+
+
+def _match(path: str, modules: Mapping[str, Target]) -> tuple[re.Match, Target]:
+    matches = [(re.fullmatch(pattern, path), target) for pattern, target in modules.items()]
+    found = [(match, target) for match, target in matches if match]
+    if len(found) != 1:
+        hits = [match.re.pattern for match, _ in found]
+        problem = f"is matched by {hits}; make them disjoint" if hits else "is matched by none"
+        raise ValueError(
+            f"modules must name the Hugging Face module of every pair: {path} {problem} (whole "
+            "path, re.fullmatch)"
+        )
+    return found[0]
+
+
+def _name(template: str, match: re.Match, index: tuple[int, ...]) -> str:
+    try:
+        name = match.expand(template).format(*index)
+    except (re.error, IndexError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"modules: the name {template!r} cannot be filled in for {match.string} ({error}); "
+            f"its regex has {match.re.groups} groups (\\1, ...) and the pair {len(index)} batch "
+            "axes ({0}, ...)"
+        ) from error
+    if not re.fullmatch(r"[^.\s]+(\.[^.\s]+)*", name):
+        raise ValueError(f"modules: {match.string} becomes {name!r}, which is no module's name")
+    return name
+
+
+def _parts(
+    pair: Pair, target: Target, shapes: Mapping[str, tuple[int, ...]]
+) -> list[tuple[str, tuple, tuple]]:
+    """(template, index of a, index of b) of each module, the batch axis left out."""
+    if isinstance(target, str):
+        return [(target, (), ())]
+    axes = pair.a_axes if target.factor == "a" else pair.b_axes
+    ndim = len(axes.batch) + 1 + len(axes.others)
+    if target.axis % ndim not in axes.others or not -ndim <= target.axis < ndim:
+        raise ValueError(
+            f"{pair.path}: axis {target.axis} of {target.factor} cannot be split; it has {ndim} "
+            f"axes, of which {list(axes.others)} are neither rank nor batch"
+        )
+    # Canonical others follow the batch axis in a, the batch axis and the rank in b.
+    before = axes.others.index(target.axis % ndim) + (0 if target.factor == "a" else 1)
+    size = shapes[target.factor][1 + before]
+    stops = [0, *itertools.accumulate(_sizes(pair.path, target, size))]
+    parts = []
+    for name, start, stop in zip(target.names, stops, stops[1:], strict=False):
+        index = (*(slice(None),) * before, slice(start, stop))
+        parts.append((name, index, ()) if target.factor == "a" else (name, (), index))
+    return parts
+
+
+def _sizes(path: str, split: Split, size: int) -> tuple[int, ...]:
+    count = len(split.names)
+    sizes = split.sizes
+    if sizes is None and count and size % count == 0:
+        sizes = (size // count,) * count
+    if sizes is None or len(sizes) != count or sum(sizes) != size or min(sizes) < 1:
+        raise ValueError(
+            f"{path}: axis {split.axis} of {split.factor} has size {size}, which "
+            f"{'equal parts' if split.sizes is None else f'sizes={split.sizes}'} cannot divide "
+            f"among {count} modules; pass Split(..., sizes=(...))"
+        )
+    return sizes
