@@ -48,7 +48,8 @@ def check(config: Any, file: Any) -> None:
     """
     if not isinstance(config, dict) or "peft_type" not in config:
         raise ValueError(f"{file} is no PEFT configuration: it has no peft_type")
-    for key, value in config.items():
+    for key in ("peft_type", *config):  # the first says the most about what is wrong
+        value = config[key]
         plain = _PLAIN.get(key, (value,) if key in _FREE or not value else ())
         if value not in plain:
             raise ValueError(
