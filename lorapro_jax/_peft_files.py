@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from lorapro_jax import _peft_config
@@ -120,8 +121,7 @@ def _read_tensors(file: pathlib.Path) -> dict[str, np.ndarray]:
 
 def _check_shapes(file, module: str, A: np.ndarray, B: np.ndarray, rank: int) -> None:
     for name, factor in (("lora_A", A), ("lora_B", B)):
-        # Extension types such as bfloat16 have kind "V" and are no subtype of np.floating.
-        if factor.dtype.kind not in "fV":
+        if not jnp.issubdtype(factor.dtype, jnp.floating):
             raise ValueError(f"{file}: {module}.{name}.weight has dtype {factor.dtype}, no float")
     if A.ndim != 2 or B.ndim != 2:
         raise ValueError(

@@ -211,7 +211,7 @@ def _assemble(
             ("b", b, share.b, adapter.B.T),
         ):
             other, held = first.setdefault(f"{name} {index}", (share.module, matrix))
-            if not np.array_equal(held, matrix):
+            if not np.array_equal(held, matrix, equal_nan=True):
                 raise ValueError(
                     f"{pair.path} has one {name} for {other} and {share.module}, but in the file "
                     "theirs differ; load it into a tree with a pair for each module"
