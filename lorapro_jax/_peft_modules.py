@@ -26,7 +26,8 @@ class Split:
 
     Args:
       names: the modules' name templates, in the order in which they lie along the axis.
-      axis: the axis of the leaf, as it is stored, that is divided; may be negative.
+      axis: the axis of the leaf, as it is stored, that is divided; may be negative. A batch axis
+        gives each module an entry of its own, as where gate and up are stacked on one axis.
       factor: whose axis. "b" divides the outputs, the usual case; "a" divides the inputs, as for
         experts that share b.
       sizes: how much of the axis each module takes; None for equal parts.
@@ -89,7 +90,8 @@ def plan(
                 raise ValueError(
                     f"modules names {share.module} twice, for {owners[share.module]} and {path}; "
                     "keep apart what differs: groups of the regex as \\1, the indices of the batch "
-                    "axes (stacked layers) as {0}, {1}"
+                    "axes (stacked layers) as {0}, {1}. PEFT has one pair a module, so a pair for "
+                    "each head cannot be written"
                 )
             owners[share.module] = path
     return planned
@@ -97,15 +99,14 @@ def plan(
 
 def _shares(pair: Pair, leaves: Sequence[Any], modules: Mapping[str, Target]) -> list[Share]:
     match, target = _match(pair.path, modules)
-    a_shape, b_shape = canonical_shapes(pair, leaves)
-    parts = _parts(pair, target, {"a": a_shape, "b": b_shape})
+    split = target if isinstance(target, Split) else None
     sizes = [leaves[pair.a].shape[axis] for axis in pair.a_axes.batch]
-    indices = itertools.product(*map(range, sizes))
-    return [
-        Share(_name(template, match, index), (entry, *a), (entry, *b))
-        for entry, index in enumerate(indices)
-        for template, a, b in parts
-    ]
+    shares = []
+    for entry, index in enumerate(itertools.product(*map(range, sizes))):
+        parts = [(target, (), ())] if split is None else _parts(pair, leaves, split, index)
+        for template, a, b in parts:
+            shares.append(Share(_name(template, match, index), (entry, *a), (entry, *b)))
+    return shares
 
 
 def _match(path: str, modules: Mapping[str, Target]) -> tuple[re.Match, Target]:
@@ -136,26 +137,27 @@ def _name(template: str, match: re.Match, index: tuple[int, ...]) -> str:
 
 
 def _parts(
-    pair: Pair, target: Target, shapes: Mapping[str, tuple[int, ...]]
+    pair: Pair, leaves: Sequence[Any], split: Split, index: tuple[int, ...]
 ) -> list[tuple[str, tuple, tuple]]:
-    """(template, index of a, index of b) of each module, the batch axis left out."""
-    if isinstance(target, str):
-        return [(target, (), ())]
-    axes = pair.a_axes if target.factor == "a" else pair.b_axes
-    ndim = len(axes.batch) + 1 + len(axes.others)
-    if target.axis % ndim not in axes.others or not -ndim <= target.axis < ndim:
+    """(template, slices of a, slices of b) of each module at one index of the batch axes."""
+    axes, leaf = {"a": (pair.a_axes, pair.a), "b": (pair.b_axes, pair.b)}[split.factor]
+    shape = leaves[leaf].shape
+    axis = split.axis + len(shape) if split.axis < 0 else split.axis
+    if axis not in (*axes.batch, *axes.others):
         raise ValueError(
-            f"{pair.path}: axis {target.axis} of {target.factor} cannot be split; it has {ndim} "
-            f"axes, of which {list(axes.others)} are neither rank nor batch"
+            f"{pair.path}: axis {split.axis} of {split.factor} cannot be split; it has "
+            f"{len(shape)} axes, of which {axes.rank} is the rank"
         )
-    # Canonical others follow the batch axis in a, the batch axis and the rank in b.
-    before = axes.others.index(target.axis % ndim) + (0 if target.factor == "a" else 1)
-    size = shapes[target.factor][1 + before]
-    stops = [0, *itertools.accumulate(_sizes(pair.path, target, size))]
-    parts = []
-    for name, start, stop in zip(target.names, stops, stops[1:], strict=False):
-        index = (*(slice(None),) * before, slice(start, stop))
-        parts.append((name, index, ()) if target.factor == "a" else (name, (), index))
+    if axis in axes.batch:  # both factors have it, and every entry is a whole pair
+        _sizes(pair.path, dataclasses.replace(split, sizes=(1,) * len(split.names)), shape[axis])
+        return [(split.names[index[axes.batch.index(axis)]], (), ())]
+    # The others follow the batch entry in a, the batch entry and the rank in b.
+    before = (slice(None),) * (axes.others.index(axis) + (split.factor == "b"))
+    parts, start = [], 0
+    for name, size in zip(split.names, _sizes(pair.path, split, shape[axis]), strict=True):
+        part = (*before, slice(start, start + size))
+        parts.append((name, part, ()) if split.factor == "a" else (name, (), part))
+        start += size
     return parts
 
 

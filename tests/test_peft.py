@@ -135,6 +135,14 @@ LAYOUTS = {
         (5, 6, 2), (5, 2, 2, 12), BATCH, lp.peft.Split(("l.{0}.0", "l.{0}.1"), axis=-2),
         "lir,lrco->lcio", "l.{0}.{1}",
     ),
+    "gate and up stacked": (
+        (2, 6, 2), (2, 2, 4), BATCH, lp.peft.Split(("0.up", "1.up"), axis=0), "cir,cro->cio",
+        "{0}.up",
+    ),
+    "the same, in layers": (
+        (3, 6, 2, 2), (3, 2, 2, 4), lp.LoRADimensionNumbers(a_batch=(0, 2), b_batch=(0, 1)),
+        lp.peft.Split(("l.{0}.0", "l.{0}.1"), axis=2, factor="a"), "licr,lcro->lcio", "l.{0}.{1}",
+    ),
     "experts that share b": (
         (3, 6, 2), (2, 4), lp.LoRADimensionNumbers(),
         lp.peft.Split(("e.0", "e.1", "e.2"), axis=0, factor="a"), "eir,ro->eio", "e.{0}",
@@ -247,6 +255,15 @@ def test_names_that_do_not_fit_the_pairs_are_refused_and_nothing_is_written(tmp_
     with pytest.raises(ValueError, match=message):
         lp.peft.save(tmp_path / "new", tree(), 1.0, modules=modules)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_split_batch_axis_needs_a_name_for_every_entry(tmp_path):
+    layout = lp.layouts.FLAX.declare({"q": BATCH})
+    modules = {"q": lp.peft.Split(("gate", "up"), axis=0)}
+    with pytest.raises(ValueError, match="q: axis 0 of b has size 4.*among 2 modules"):
+        lp.peft.save(
+            tmp_path, {"q": node((4, 6, 2), (4, 2, 4))}, 1.0, modules=modules, layout=layout
+        )
 
 
 def test_stacked_layers_need_their_index_in_the_name(tmp_path):
