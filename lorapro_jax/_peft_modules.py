@@ -99,11 +99,11 @@ def plan(
 
 def _shares(pair: Pair, leaves: Sequence[Any], modules: Mapping[str, Target]) -> list[Share]:
     match, target = _match(pair.path, modules)
-    split = target if isinstance(target, Split) else None
     sizes = [leaves[pair.a].shape[axis] for axis in pair.a_axes.batch]
     shares = []
     for entry, index in enumerate(itertools.product(*map(range, sizes))):
-        parts = [(target, (), ())] if split is None else _parts(pair, leaves, split, index)
+        whole = not isinstance(target, Split)
+        parts = [(target, (), ())] if whole else _parts(pair, leaves, target, index)
         for template, a, b in parts:
             shares.append(Share(_name(template, match, index), (entry, *a), (entry, *b)))
     return shares
