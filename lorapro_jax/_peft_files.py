@@ -70,7 +70,7 @@ def _read_config(file: pathlib.Path) -> dict[str, Any]:
         )
     try:
         config = json.loads(file.read_text("utf-8"))
-    except ValueError as error:  # of JSON and of the decoding
+    except (ValueError, RecursionError) as error:  # of the decoding, of JSON, of endless nesting
         raise ValueError(
             f"{file} is not JSON, or was cut short ({error}); save it again"
         ) from error
@@ -141,7 +141,8 @@ def write(directory: pathlib.Path, adapters: Mapping[str, Adapter], **options: A
     """Writes both files; `options` are _peft_config.make's.
 
     A crash or a full disk leaves the old adapter, the new one, or, for the instant in which both
-    files are swapped, one without its configuration, which no reader takes for an adapter.
+    files are swapped, one without its configuration, which no reader takes for an adapter. What a
+    killed process leaves of its work is a folder .partial-*, which may be deleted.
     """
     found = {
         module: Setting(adapter.A.shape[0], adapter.scale) for module, adapter in adapters.items()

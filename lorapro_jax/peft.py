@@ -40,8 +40,8 @@ def save(
     """Writes every pair of `lora` as an adapter that `peft.PeftModel.from_pretrained` loads.
 
     K0 + s a b becomes W + (alpha / r) B A with A = aᵀ, B = bᵀ. Ranks and scales may differ between
-    pairs (rank_pattern, alpha_pattern); alpha is chosen so that PEFT computes s again, to the last
-    digit or the one before. The folder is made if need be; an older adapter in it is replaced, and
+    pairs (rank_pattern, alpha_pattern); alpha is chosen so that PEFT computes s again, up to the
+    last digit of float64. The folder is made if need be; an older adapter in it is replaced, and
     stays whole if the new one cannot be written.
 
     Args:
