@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from lorapro_jax import _solve
 from lorapro_jax._checks import check_scale
-from lorapro_jax._layouts import Pair, flatten, read
+from lorapro_jax._layouts import Pair, flatten, read, read_gradients
 from lorapro_jax._solve import Spectrum
 
 # Pairs of a group. XLA compiles one kernel for each place in a batch that an update is taken from,
@@ -101,13 +101,16 @@ def problem(
         s = scale(pair.path) if callable(scale) else scale
         check_scale(s, f"{pair.path}: scale")
         scales.append(jnp.broadcast_to(jnp.asarray(s), size))
-    factors, slopes = (
-        map(_stack, zip(*(read(pair, leaves) for pair in group.pairs), strict=True))
-        for leaves in (params, gradients)
-    )
-    wide = [_solve.widen(x) for x in (*factors, *slopes)]
+    slopes = stacked(group, gradients, read_gradients)
+    wide = [_solve.widen(x) for x in (*stacked(group, params), *slopes)]
     dtype = jnp.result_type(*wide)
     return Problem(*(x.astype(dtype) for x in (*wide, _stack(scales))))
+
+
+def stacked(group: Group, leaves: Sequence[Array], reader: Callable = read) -> list[Array]:
+    """The group's factors or steps (or gradients, with that reader), one behind the other."""
+    columns = zip(*(reader(pair, leaves) for pair in group.pairs), strict=True)
+    return [_stack(column) for column in columns]
 
 
 def _stack(columns: Sequence[Array]) -> Array:

@@ -21,6 +21,7 @@ from lorapro_jax._batch import (
     first_steps,
     groups,
     problem,
+    stacked,
     unstacked,
 )
 from lorapro_jax._layouts import Layout, Pair, find_pairs, flatten
@@ -95,8 +96,7 @@ def diagnose(
         if new is None:
             _, taken = first_steps(p, damping)
         else:
-            given = problem(group, values, new, scale)
-            taken = -given.h_a, -given.h_b
+            taken = tuple(-_solve.widen(x) for x in stacked(group, new))
         figures = unstacked(_figures(p, taken, target), group)
         for pair, own in zip(group.pairs, figures, strict=True):
             found[pair.path] = jax.tree.map(functools.partial(_unbatched, pair, leaves), own)

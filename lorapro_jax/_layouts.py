@@ -1,6 +1,7 @@
 """Which leaves of a parameter tree form a LoRA pair, and which of their axes are m, r and n."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -25,19 +26,28 @@ class LoRADimensionNumbers:
       b_rank: the rank axis of `b`; None for the first axis that is not a batch axis.
       a_batch: axes of `a` over which pairs are independent (scanned layers, heads, experts).
       b_batch: the axes of `b` that match them, in the same order.
+      b_sum: axes of `b` that the forward pass sums over before it meets the rank: the product is
+        a (sum of b over them). Each slice gets an equal share of the step.
 
     Example:
       Twelve scanned layers, a (12, 768, 8) and b (12, 8, 3072):
 
       >>> import lorapro_jax as lp
       >>> lp.LoRADimensionNumbers(a_batch=(0,), b_batch=(0,))
-      LoRADimensionNumbers(a_rank=None, b_rank=None, a_batch=(0,), b_batch=(0,))
+      LoRADimensionNumbers(a_rank=None, b_rank=None, a_batch=(0,), b_batch=(0,), b_sum=())
     """
 
     a_rank: int | None = None
     b_rank: int | None = None
     a_batch: tuple[int, ...] = ()
     b_batch: tuple[int, ...] = ()
+    b_sum: tuple[int, ...] = ()
+
+
+def unbatched(path: str, a_ndim: int, b_ndim: int) -> LoRADimensionNumbers | None:
+    """The rule of most layouts: where one leaf is a matrix, no axis can be a batch axis."""
+    del path
+    return LoRADimensionNumbers() if 2 in (a_ndim, b_ndim) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +57,11 @@ class Layout:
     Args:
       a: regex that matches the whole path of a first factor; its group `pair` names the pair.
       b: the same for the second factor; two leaves with the same `pair` belong together.
-      dims: {regex of the pair's path: LoRADimensionNumbers}. Pairs of two-dimensional leaves
-        (m, r), (r, n) need none; any other pair must be declared here.
+      dims: {regex of the pair's path: LoRADimensionNumbers}. What `infer` cannot tell must be
+        declared here.
+      infer: (path, axes of a, axes of b) -> LoRADimensionNumbers, or None where they could be
+        more than one thing. By default a pair needs no declaration if one leaf is a matrix,
+        (m, r) or (r, n): then no axis of the other is a batch axis.
 
     Example:
       >>> import lorapro_jax as lp
@@ -59,6 +72,7 @@ class Layout:
     a: str
     b: str
     dims: Mapping[str, LoRADimensionNumbers] = dataclasses.field(default_factory=dict)
+    infer: Callable[[str, int, int], LoRADimensionNumbers | None] = unbatched
 
     def declare(self, dims: Mapping[str, LoRADimensionNumbers]) -> "Layout":
         """This layout with the dimension numbers of some pairs declared, the new ones first."""
@@ -73,16 +87,20 @@ class Layout:
 
 
 # One node with leaves lora_a and lora_b (flax.nnx.LoRA, lorapro_jax), or siblings of the
-# kernel named <kernel>_lora_a and <kernel>_lora_b (qwix).
+# kernel named <kernel>_lora_a and <kernel>_lora_b.
 FLAX = Layout(a=r"(?P<pair>(.*[/_])?)lora_a", b=r"(?P<pair>(.*[/_])?)lora_b")
 
 
+_SEPARATORS = "/_."  # between the name of a pair and the role of a leaf
+
+
 class Axes(NamedTuple):
-    """One leaf's axes in canonical order: batch, then the rank and the others."""
+    """One leaf's axes in canonical order: batch, the summed ones, then the rank and the others."""
 
     batch: tuple[int, ...]
     rank: int
     others: tuple[int, ...]
+    summed: tuple[int, ...] = ()
 
 
 class Pair(NamedTuple):
@@ -122,7 +140,14 @@ def check_leaves(paths: Sequence[str], leaves: Sequence[Any]) -> None:
         check_trainable(path, leaf)
 
 
-def _axes(path: str, name: str, ndim: int, rank: int | None, batch: tuple[int, ...]) -> Axes:
+def _axes(
+    path: str,
+    name: str,
+    ndim: int,
+    rank: int | None,
+    batch: tuple[int, ...],
+    summed: tuple[int, ...] = (),
+) -> Axes:
     """The declared axes of one leaf, non-negative and complete."""
 
     def normal(axis: int) -> int:
@@ -130,28 +155,33 @@ def _axes(path: str, name: str, ndim: int, rank: int | None, batch: tuple[int, .
             raise ValueError(f"{path}: axis {axis} was declared for {name}, which has {ndim} axes")
         return axis % ndim
 
-    batches = tuple(normal(axis) for axis in batch)
-    free = [axis for axis in range(ndim) if axis not in batches]
-    if len(set(batches)) < len(batches) or not free:
-        raise ValueError(f"{path}: batch axes {batch} of {name} ({ndim} axes) leave no rank axis")
+    batches, sums = (tuple(normal(axis) for axis in axes) for axes in (batch, summed))
+    taken = batches + sums
+    free = [axis for axis in range(ndim) if axis not in taken]
+    if len(set(taken)) < len(taken) or not free:
+        declared = f"batch axes {batch}" + (f" and summed axes {summed}" if summed else "")
+        raise ValueError(f"{path}: {declared} of {name} ({ndim} axes) leave no rank axis")
     default = free[-1] if name == "a" else free[0]
     chosen = default if rank is None else normal(rank)
-    if chosen in batches:
-        raise ValueError(f"{path}: axis {rank} of {name} was declared both rank and batch")
-    return Axes(batches, chosen, tuple(axis for axis in free if axis != chosen))
+    if chosen in taken:
+        other = "batch" if chosen in batches else "summed"
+        raise ValueError(f"{path}: axis {rank} of {name} was declared both rank and {other}")
+    return Axes(batches, chosen, tuple(axis for axis in free if axis != chosen), sums)
 
 
 def _declared(path: str, a: Any, b: Any, layout: Layout) -> LoRADimensionNumbers:
     for pattern, dims in layout.dims.items():
         if re.fullmatch(pattern, path):
             return dims
-    if len(a.shape) == len(b.shape) == 2:
-        return LoRADimensionNumbers()
+    inferred = layout.infer(path, len(a.shape), len(b.shape))
+    if inferred is not None:
+        return inferred
     raise ValueError(
         f"{path} is ambiguous: a {tuple(a.shape)} and b {tuple(b.shape)} may be stacked layers, "
         "heads or experts, or one matrix with several axes. Declare it, for layers on axis 0: "
-        f'layout=lp.layouts.FLAX.declare({{r"{re.escape(path)}": '
-        "lp.LoRADimensionNumbers(a_batch=(0,), b_batch=(0,))})"
+        f'layout=<yours, or lp.layouts.FLAX>.declare({{r"{re.escape(path)}": '
+        "lp.LoRADimensionNumbers(a_batch=(0,), b_batch=(0,))}), for one matrix: "
+        "lp.LoRADimensionNumbers()"
     )
 
 
@@ -159,7 +189,7 @@ def _make_pair(path: str, index: Mapping[str, int], leaves: Sequence[Any], layou
     a, b = leaves[index["a"]], leaves[index["b"]]
     dims = _declared(path, a, b, layout)
     a_axes = _axes(path, "a", len(a.shape), dims.a_rank, dims.a_batch)
-    b_axes = _axes(path, "b", len(b.shape), dims.b_rank, dims.b_batch)
+    b_axes = _axes(path, "b", len(b.shape), dims.b_rank, dims.b_batch, dims.b_sum)
     batch_a = [a.shape[axis] for axis in a_axes.batch]
     batch_b = [b.shape[axis] for axis in b_axes.batch]
     rank = a.shape[a_axes.rank]
@@ -167,7 +197,7 @@ def _make_pair(path: str, index: Mapping[str, int], leaves: Sequence[Any], layou
         raise ValueError(
             f"{path}: a {tuple(a.shape)} has rank {rank} and batch {batch_a}, b {tuple(b.shape)} "
             f"has rank {b.shape[b_axes.rank]} and batch {batch_b}; they must agree. If the axes "
-            "lie otherwise, declare them with layout=lp.layouts.FLAX.declare({...})"
+            "lie otherwise, declare them: layout=<yours, or lp.layouts.FLAX>.declare({...})"
         )
     return Pair(path, index["a"], index["b"], a_axes, b_axes, rank)
 
@@ -188,7 +218,7 @@ def _by_name(paths: Sequence[str], layout: Layout) -> dict[str, dict[str, int]]:
         if len(factors) == 1:
             (role, i), other = *factors.items(), "b" if "a" in factors else "a"
             raise ValueError(
-                f"{name.rstrip('/_') or 'the root'} has {paths[i].rsplit('/', 1)[-1]} ({role}) but "
+                f"{name.rstrip(_SEPARATORS) or 'the root'} has {paths[i].rsplit('/', 1)[-1]} ({role}) but "
                 f"no matching {other}; train and freeze both together, or pass layout=..."
             )
     return found
@@ -206,7 +236,7 @@ def find_pairs(
     """
     layout = FLAX if layout is None else layout
     found = _by_name(paths, layout)
-    names = {name: name.rstrip("/_") or "lora" for name in found}
+    names = {name: name.rstrip(_SEPARATORS) or "lora" for name in found}
     if len(set(names.values())) < len(names):
         raise ValueError(f"two pairs share one path among {sorted(names)}; rename one of them")
     pairs = [_make_pair(names[name], index, leaves, layout) for name, index in found.items()]
@@ -225,37 +255,65 @@ def find_pairs(
     return tuple(sorted(pairs))
 
 
-def _canonical(x: Array, order: Sequence[int], batches: int) -> Array:
-    """Transposed to `order`, the leading `batches` axes as one (of size 1 where there is none)."""
-    x = jnp.transpose(x, order)
+def _canonical(x: Array, axes: Axes, order: Sequence[int]) -> Array:
+    """Transposed to `order`, the leading batch axes as one (of size 1 where there is none)."""
+    order = [axis for axis in order if axis not in axes.summed]
+    kept = sorted(order)
+    x = jnp.transpose(x, [kept.index(axis) for axis in order])
+    batches = len(axes.batch)
     return x if batches == 1 else jnp.reshape(x, (-1, *x.shape[batches:]))
 
 
 def _a_order(axes: Axes) -> tuple[int, ...]:
-    return (*axes.batch, *axes.others, axes.rank)
+    return (*axes.batch, *axes.summed, *axes.others, axes.rank)
 
 
 def _b_order(axes: Axes) -> tuple[int, ...]:
-    return (*axes.batch, axes.rank, *axes.others)
+    return (*axes.batch, *axes.summed, axes.rank, *axes.others)
 
 
 def read(pair: Pair, leaves: Sequence[Array]) -> tuple[Array, Array]:
-    """A pair of leaves as a (batch, *m, r) and b (batch, r, *n)."""
+    """A pair of factors, or of steps, as a (batch, *m, r) and b (batch, r, *n)."""
+    return _read(pair, leaves, jnp.sum)
+
+
+def read_gradients(pair: Pair, leaves: Sequence[Array]) -> tuple[Array, Array]:
+    """A pair of factor gradients as a (batch, *m, r) and b (batch, r, *n).
+
+    Every slice along a summed axis has the gradient of the sum.
+    """
+    return _read(pair, leaves, jnp.mean)
+
+
+def _read(pair: Pair, leaves: Sequence[Array], reduce: Callable) -> tuple[Array, Array]:
+    a, b = leaves[pair.a], leaves[pair.b]
+    if pair.b_axes.summed:
+        b = reduce(b, axis=pair.b_axes.summed)
     return (
-        _canonical(leaves[pair.a], _a_order(pair.a_axes), len(pair.a_axes.batch)),
-        _canonical(leaves[pair.b], _b_order(pair.b_axes), len(pair.b_axes.batch)),
+        _canonical(a, pair.a_axes, _a_order(pair.a_axes)),
+        _canonical(b, pair.b_axes, _b_order(pair.b_axes)),
     )
 
 
-def _restore(x: Array, order: Sequence[int], like: Any) -> Array:
-    x = jnp.reshape(x, [like.shape[axis] for axis in order])
+def _restore(x: Array, axes: Axes, order: Sequence[int], like: Any) -> Array:
+    sizes = [like.shape[axis] for axis in order]
+    first, last = len(axes.batch), len(axes.batch) + len(axes.summed)
+    if axes.summed:  # to each slice its share
+        share = x / math.prod(sizes[first:last])
+        x = jnp.reshape(share, [*sizes[:first], *[1] * (last - first), *sizes[last:]])
+        x = jnp.broadcast_to(x, sizes)
+    x = jnp.reshape(x, sizes)
     return jnp.transpose(x, [order.index(axis) for axis in range(len(order))]).astype(like.dtype)
 
 
 def write(pair: Pair, a: Array, b: Array, leaves: list[Any]) -> None:
-    """Puts canonical factors back into `leaves`, in the axes and dtype of what stood there."""
-    leaves[pair.a] = _restore(a, _a_order(pair.a_axes), leaves[pair.a])
-    leaves[pair.b] = _restore(b, _b_order(pair.b_axes), leaves[pair.b])
+    """Puts canonical factors or steps back, in the axes and dtype of the leaves that stand there.
+
+    Along a summed axis each slice gets an equal share: of all ways to change the sum the one of
+    least norm.
+    """
+    leaves[pair.a] = _restore(a, pair.a_axes, _a_order(pair.a_axes), leaves[pair.a])
+    leaves[pair.b] = _restore(b, pair.b_axes, _b_order(pair.b_axes), leaves[pair.b])
 
 
 def factor_indices(pairs: Iterable[Pair]) -> frozenset[int]:

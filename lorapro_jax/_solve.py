@@ -112,8 +112,9 @@ def _eigh(x: Float[Array, "k r r"]) -> tuple[Float[Array, "k r"], Float[Array, "
 def _(size: int, in_batched: list[bool], x: Array) -> tuple[tuple[Array, Array], Any]:
     """A batch of batches is one batch, so that `_eigh` sees the whole of it."""
     del in_batched  # x is the only argument
-    found = _eigh(jnp.reshape(x, (-1, *x.shape[2:])))
-    return tuple(jnp.reshape(y, (size, -1, *y.shape[1:])) for y in found), (True, True)
+    values, vectors = _eigh(jnp.reshape(x, (-1, *x.shape[2:])))
+    shape = size, -1, x.shape[-1]
+    return (jnp.reshape(values, shape), jnp.reshape(vectors, (*shape, shape[-1]))), (True, True)
 
 
 def spectrum(P: Float[Array, "r r"], Q: Float[Array, "r r"], damping: Float[Array, ""]) -> Spectrum:

@@ -1,5 +1,72 @@
-"""The presets: how each project of the JAX ecosystem names and lays out its LoRA factors."""
+"""The presets: how each project of the JAX ecosystem names and lays out its LoRA factors.
 
-from lorapro_jax._layouts import FLAX
+Each was read off that project's source. `declare` adds what shapes cannot tell: a pair whose two
+leaves have three or more axes each, such as scanned layers (L, D, r) / (L, r, F), is an error until
+its batch axes are declared.
+"""
 
-__all__ = ["FLAX"]
+import re
+
+from lorapro_jax._layouts import FLAX, Layout, LoRADimensionNumbers
+
+__all__ = ["FLAX", "QWIX", "GEMMA", "OPENPI", "PEFT", "LORAX", "MAXDIFFUSION"]
+
+QWIX = Layout(a=r"(?P<pair>.+_)lora_a", b=r"(?P<pair>.+_)lora_b")
+"""Qwix, and with it Tunix and MaxText: <kernel>_lora_a beside the kernel.
+
+Dense layers are flattened; an einsum keeps the kernel's axes, those that are contracted or batched
+in a and the others in b, so that a stack of experts with b in common is one matrix of E D rows.
+"""
+
+GEMMA = Layout(a=r"(?P<pair>(.*/)?lora)/a", b=r"(?P<pair>(.*/)?lora)/b")
+"""gemma.peft: leaves a and b of a node called lora, with the kernel's axes kept."""
+
+
+def _per_head(path: str, a_ndim: int, b_ndim: int) -> LoRADimensionNumbers | None:
+    """openpi: all axes but the last two are heads, gates or layers, each with a pair of its own.
+
+    But for the attention's output (BTNH,NHD->BTD): its first product sums over the heads, so that
+    a (N, H, r) is one matrix of N H rows, and all heads' b (N, r, D) are added up.
+    """
+    summing = re.fullmatch(r"(.*/)?attn_vec_einsum(_\d+)?", path) is not None
+    rows = 3 if summing else 2
+    if a_ndim != b_ndim or a_ndim < rows:
+        return None
+    batch = tuple(range(a_ndim - rows))
+    return LoRADimensionNumbers(
+        a_rank=-1, b_rank=-2, a_batch=batch, b_batch=batch, b_sum=(-3,) if summing else ()
+    )
+
+
+OPENPI = Layout(a=FLAX.a, b=FLAX.b, infer=_per_head)
+"""openpi (pi0): a pair for each head, and for each of the two gates, of einsum kernels."""
+
+
+def _torch(path: str, a_ndim: int, b_ndim: int) -> LoRADimensionNumbers | None:
+    """PyTorch's orientation, (out, in): A (r, in) and B (out, r)."""
+    del path
+    matrices = a_ndim == b_ndim == 2
+    return LoRADimensionNumbers(a_rank=0, b_rank=1) if matrices else None
+
+
+PEFT = Layout(
+    a=r"(?P<pair>.+[/.])lora_A([/.][^/.]+)?[/.]weight",
+    b=r"(?P<pair>.+[/.])lora_B([/.][^/.]+)?[/.]weight",
+    infer=_torch,
+)
+"""Hugging Face PEFT, levanter and haliax: lora_A.weight (r, in) and lora_B.weight (out, r).
+
+An adapter's name may stand between: lora_A.default.weight.
+"""
+
+LORAX = Layout(a=r"(?P<pair>.+)/b", b=r"(?P<pair>.+)/a")
+"""lorax: LoraWeight(w, a, b), whose b (in, r) is our a and whose a (r, out) is our b."""
+
+MAXDIFFUSION = Layout(
+    a=r"(?P<pair>(.*/)?[^/]*lora[^/]*)/down/kernel", b=r"(?P<pair>(.*/)?[^/]*lora[^/]*)/up/kernel"
+)
+"""maxdiffusion: two bias-free layers, down and up, below a node with lora in its name.
+
+A convolution's pair, down (kh, kw, in, r) and up (1, 1, r, out), needs `declare` with
+`LoRADimensionNumbers(b_rank=2)`: a 1 x 1 kernel has no batch axis.
+"""

@@ -68,8 +68,9 @@ def test_a_missing_partner_is_an_error(missing):
     [
         ((6, 2), (3, 4), "rank 2 .* rank 3"),
         ((5, 6, 2), (5, 2, 4), r"q is ambiguous.*LoRADimensionNumbers\(a_batch"),
-        ((6, 2), (2, 3, 4), "q is ambiguous"),
-        ((6,), (2, 4), "q is ambiguous"),
+        ((5, 6, 2), (5, 2, 3, 4), "q is ambiguous"),
+        ((6,), (2, 4), "rank 6 .* rank 2"),
+        ((6, 2), (3, 2, 4), r"rank 2 .* rank 3.*declare"),
     ],
 )
 def test_shapes_that_do_not_fit_or_do_not_tell(a, b, message):
