@@ -1,7 +1,8 @@
 """Which Hugging Face modules a pair stands for, and which slices of a and b belong to each.
 
 Slices are of the canonical factors, a (batch, *m, r) and b (batch, r, *n): a batch entry is a
-module of its own, and a Split divides one axis of one factor further, the other factor shared.
+module of its own; a Split divides one axis of one factor further, the other factor shared; a Join
+makes one module of several entries.
 """
 
 import dataclasses
@@ -45,21 +46,78 @@ class Split:
     sizes: tuple[int, ...] | None = None
 
 
-Target = str | Split
+@dataclasses.dataclass(frozen=True)
+class Join:
+    """One Hugging Face module that several batch entries of a pair adapt side by side.
+
+    N pairs of rank r, one for each head, are one pair of rank N r: one factor's blocks stand in a
+    row, the other's on a diagonal. Entries whose names come out the same are joined, in order.
+
+    Args:
+      name: the module's name template, or a `Split`.
+      factor: whose entries are put on the diagonal. "b": each head has outputs of its own and all
+        see the same inputs, as in a query. "a": inputs of its own, and the outputs add up.
+
+    Example:
+      openpi's a (heads, in, r), b (heads, r, width) of one query projection:
+
+      >>> from lorapro_jax import peft
+      >>> query = peft.Join("model.layers.0.self_attn.q_proj")
+    """
+
+    name: str | Split
+    factor: Literal["a", "b"] = "b"
+
+
+Target = str | Split | Join
 
 
 class Share(NamedTuple):
-    """One module's part of a pair."""
+    """One module's part of a pair; more than one slice only where entries are joined."""
 
     module: str
-    a: tuple  # index into a (batch, *m, r) that leaves (*m, r)
-    b: tuple  # index into b (batch, r, *n) that leaves (r, *n)
+    slices: tuple[tuple[tuple, tuple], ...]  # indices that leave a (*m, r) and b (r, *n)
+    diagonal: str  # the factor, "a" or "b", whose slices are joined on a diagonal
 
 
 def take(share: Share, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The module's A (r, in) and B (out, r) out of a pair's canonical factors."""
-    a, b = a[share.a], b[share.b]
-    return a.reshape(-1, a.shape[-1]).T, b.reshape(b.shape[0], -1).T
+    pairs = [(a[i].reshape(-1, a.shape[-1]), b[j].reshape(b.shape[1], -1)) for i, j in share.slices]
+    if len(pairs) == 1:
+        return pairs[0][0].T, pairs[0][1].T
+    many_a, many_b = zip(*pairs, strict=True)
+    if share.diagonal == "a":
+        return _diagonal(many_a).T, np.concatenate(many_b).T
+    return np.concatenate(many_a, axis=1).T, _diagonal(many_b).T
+
+
+def _diagonal(blocks: Sequence[np.ndarray]) -> np.ndarray:
+    rows, columns = (sum(block.shape[axis] for block in blocks) for axis in (0, 1))
+    joined = np.zeros((rows, columns), blocks[0].dtype)
+    row = column = 0
+    for block in blocks:
+        joined[row : row + block.shape[0], column : column + block.shape[1]] = block
+        row, column = row + block.shape[0], column + block.shape[1]
+    return joined
+
+
+def give(share: Share, A: np.ndarray, B: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The (m, r) and (r, n) of each slice, which `take` would make A and B of.
+
+    Raises:
+      ValueError: joined entries were trained as one pair, whose blocks off the diagonal count.
+    """
+    count = len(share.slices)
+    a, b = np.split(A.T, count, axis=1), np.split(B.T, count, axis=0)
+    inner, axis = (a, 0) if share.diagonal == "a" else (b, 1)
+    blocks = [np.split(x, count, axis=axis) for x in inner]
+    own = [row[i] for i, row in enumerate(blocks)]
+    if any(np.any(x) for i, row in enumerate(blocks) for j, x in enumerate(row) if i != j):
+        raise ValueError(
+            f"{share.module} was not made of {count} separate pairs: its lora_"
+            f"{share.diagonal.upper()} is not block-diagonal. Load it without `like`"
+        )
+    return list(zip(own, b, strict=True) if share.diagonal == "a" else zip(a, own, strict=True))
 
 
 def canonical_shapes(pair: Pair, leaves: Sequence[Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -90,8 +148,7 @@ def plan(
                 raise ValueError(
                     f"modules names {share.module} twice, for {owners[share.module]} and {path}; "
                     "keep apart what differs: groups of the regex as \\1, the indices of the batch "
-                    "axes (stacked layers) as {0}, {1}. PEFT has one pair a module, so a pair for "
-                    "each head cannot be written"
+                    "axes (stacked layers) as {0}, {1}. Heads that have a pair each take a Join"
                 )
             owners[share.module] = path
     return planned
@@ -99,14 +156,21 @@ def plan(
 
 def _shares(pair: Pair, leaves: Sequence[Any], modules: Mapping[str, Target]) -> list[Share]:
     match, target = _match(pair.path, modules)
+    join = target if isinstance(target, Join) else None
+    target = target.name if isinstance(target, Join) else target
     sizes = [leaves[pair.a].shape[axis] for axis in pair.a_axes.batch]
-    shares = []
+    named: list[tuple[str, tuple[tuple, tuple]]] = []
     for entry, index in enumerate(itertools.product(*map(range, sizes))):
         whole = not isinstance(target, Split)
         parts = [(target, (), ())] if whole else _parts(pair, leaves, target, index)
         for template, a, b in parts:
-            shares.append(Share(_name(template, match, index), (entry, *a), (entry, *b)))
-    return shares
+            named.append((_name(template, match, index), ((entry, *a), (entry, *b))))
+    if join is None:
+        return [Share(name, (slices,), "b") for name, slices in named]
+    groups: dict[str, list[tuple[tuple, tuple]]] = {}
+    for name, slices in named:
+        groups.setdefault(name, []).append(slices)
+    return [Share(name, tuple(slices), join.factor) for name, slices in groups.items()]
 
 
 def _match(path: str, modules: Mapping[str, Target]) -> tuple[re.Match, Target]:
@@ -145,8 +209,8 @@ def _parts(
     axis = split.axis + len(shape) if split.axis < 0 else split.axis
     if axis not in (*axes.batch, *axes.others):
         raise ValueError(
-            f"{pair.path}: axis {split.axis} of {split.factor} cannot be split; it has "
-            f"{len(shape)} axes, of which {axes.rank} is the rank"
+            f"{pair.path}: axis {split.axis} of {split.factor} cannot be split; of its "
+            f"{len(shape)} axes these can: {sorted((*axes.batch, *axes.others))}"
         )
     if axis in axes.batch:  # both factors have it, and every entry is a whole pair
         _sizes(pair.path, dataclasses.replace(split, sizes=(1,) * len(split.names)), shape[axis])

@@ -18,9 +18,18 @@ from lorapro_jax import _layouts, _peft_config, _peft_files
 from lorapro_jax._checks import check_one_of, check_scale
 from lorapro_jax._layouts import Layout, Pair
 from lorapro_jax._peft_files import Adapter
-from lorapro_jax._peft_modules import Share, Split, Target, canonical_shapes, plan, take
+from lorapro_jax._peft_modules import (
+    Join,
+    Share,
+    Split,
+    Target,
+    canonical_shapes,
+    give,
+    plan,
+    take,
+)
 
-__all__ = ["Split", "load", "save"]
+__all__ = ["Join", "Split", "load", "save"]
 
 Scale = float | int | Array | Callable[[str], Any]
 
@@ -50,7 +59,8 @@ def save(
       scale: the s of the forward pass: a number, or a callable of the pair's path.
       modules: {regex of the pair's whole path: name of the module in the PyTorch model}. Names take
         the regex's groups as \\1 and, for stacked layers, the index on the batch axes as {0}, {1}.
-        A pair that covers several modules takes a `Split` instead of a name.
+        A pair that covers several modules takes a `Split` instead of a name, batch entries that
+        are one module (heads with a pair each) a `Join`.
       layout: how pairs are named and lie; `lp.layouts.FLAX` by default.
       base_model: what base_model_name_or_path shall say, such as "google-bert/bert-base-uncased".
       task_type: PEFT's, such as "CAUSAL_LM". It decides which PeftModel is made; the heads that
@@ -206,24 +216,22 @@ def _assemble(
     first: dict[str, tuple[str, np.ndarray]] = {}
     for share, adapter in found:
         _check_fit(pair, share, adapter, *(part.shape for part in take(share, a, b)))
-        for name, factor, index, matrix in (
-            ("a", a, share.a, adapter.A.T),
-            ("b", b, share.b, adapter.B.T),
-        ):
-            other, held = first.setdefault(f"{name} {index}", (share.module, matrix))
-            if not np.array_equal(held, matrix, equal_nan=True):
-                raise ValueError(
-                    f"{pair.path} has one {name} for {other} and {share.module}, but in the file "
-                    "theirs differ; load it into a tree with a pair for each module"
-                )
-            factor[index] = matrix.reshape(factor[index].shape)
+        for indices, matrices in zip(share.slices, give(share, *adapter[:2]), strict=True):
+            for name, factor, index, matrix in zip("ab", (a, b), indices, matrices, strict=True):
+                other, held = first.setdefault(f"{name} {index}", (share.module, matrix))
+                if not np.array_equal(held, matrix, equal_nan=True):
+                    raise ValueError(
+                        f"{pair.path} has one {name} for {other} and {share.module}, but in the "
+                        "file theirs differ; load it into a tree with a pair for each module"
+                    )
+                factor[index] = matrix.reshape(factor[index].shape)
     return a, b
 
 
 def _check_fit(pair: Pair, share: Share, adapter: Adapter, A_shape: tuple, B_shape: tuple) -> None:
     if (adapter.A.shape, adapter.B.shape) != (A_shape, B_shape):
-        rank = adapter.A.shape[0]
-        hint = f": make `like` with rank {rank}" if rank != pair.rank else ""
+        rank, joined = divmod(adapter.A.shape[0], len(share.slices))
+        hint = f": make `like` with rank {rank}" if rank != pair.rank and not joined else ""
         raise ValueError(
             f"{pair.path} does not fit {share.module}: `like` asks for lora_A {A_shape} and lora_B "
             f"{B_shape}, the file has {adapter.A.shape} and {adapter.B.shape}{hint}"

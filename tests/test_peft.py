@@ -137,9 +137,23 @@ LAYOUTS = {
         (2, 6, 2), (2, 2, 4), BATCH, lp.peft.Split(("0.up", "1.up"), axis=0), "cir,cro->cio",
         "{0}.up",
     ),
-    "the same, in layers": (
+    "gate and up stacked, in layers": (
         (3, 6, 2, 2), (3, 2, 2, 4), lp.LoRADimensionNumbers(a_batch=(0, 2), b_batch=(0, 1)),
         lp.peft.Split(("l.{0}.0", "l.{0}.1"), axis=2, factor="a"), "licr,lcro->lcio", "l.{0}.{1}",
+    ),
+    "a pair for each head's outputs": (
+        (3, 6, 2), (3, 2, 4), BATCH, lp.peft.Join("q"), "nir,nrh->inh", "q",
+    ),
+    "a pair for each head's inputs": (
+        (3, 4, 2), (3, 2, 6), BATCH, lp.peft.Join("o", factor="a"), "nhr,nro->nho", "o",
+    ),
+    "the same for layers": (
+        (2, 3, 4, 2), (2, 3, 2, 6), lp.LoRADimensionNumbers(a_batch=(0, 1), b_batch=(0, 1)),
+        lp.peft.Join("l.{0}.o", factor="a"), "lnhr,lnro->lnho", "l.{0}.o",
+    ),
+    "key and value, a pair for each head": (
+        (2, 3, 6, 2), (2, 3, 2, 4), lp.LoRADimensionNumbers(a_batch=(0, 1), b_batch=(0, 1)),
+        lp.peft.Join(lp.peft.Split(("0.kv", "1.kv"), axis=0)), "cnir,cnrh->cinh", "{0}.kv",
     ),
     "experts that share b": (
         (3, 6, 2), (2, 4), lp.LoRADimensionNumbers(),
@@ -523,6 +537,27 @@ def test_json_that_is_no_configuration_is_refused(tmp_path, text):
 def test_a_tree_that_the_adapter_does_not_fit_is_refused(tmp_path, like, modules, message):
     with pytest.raises(ValueError, match=message):
         lp.peft.load(saved(tmp_path), like=like, modules=modules)
+
+
+def test_heads_that_were_trained_as_one_pair_do_not_come_apart(tmp_path):
+    saved(tmp_path, {"q": node((6, 6), (6, 12))})
+    like = {"q": node((3, 6, 2), (3, 2, 4))}
+    options = dict(layout=lp.layouts.FLAX.declare({"q": BATCH}))
+    with pytest.raises(ValueError, match=r"layer\.q was not made of 3 separate pairs: its lora_B"):
+        lp.peft.load(tmp_path, like=like, modules={"q": lp.peft.Join("layer.q")}, **options)
+
+
+def test_openpi_s_summed_heads_go_out_as_their_sum(tmp_path):
+    lora = {"attn_vec_einsum": node((3, 4, 2), (3, 2, 6))}
+    options = dict(modules={".*": "o_proj"}, layout=lp.layouts.OPENPI)
+    lp.peft.save(tmp_path, lora, 1.0, **options)
+    a, b = (np.asarray(x, np.float64) for x in lora["attn_vec_einsum"].values())
+    expected = np.einsum("nhr,mro->nho", a, b).reshape(12, 6)
+    for tree_, _ in (lp.peft.load(tmp_path), lp.peft.load(tmp_path, like=lora, **options)):
+        pair = tree_.get("o_proj") or tree_["attn_vec_einsum"]
+        a, b = np.asarray(pair["lora_a"], np.float64), np.asarray(pair["lora_b"], np.float64)
+        delta = a.reshape(12, 2) @ (b if b.ndim == 2 else b.sum(0))
+        np.testing.assert_allclose(delta, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_scales_that_differ_within_one_pair_are_refused(tmp_path):
