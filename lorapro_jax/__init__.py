@@ -3,7 +3,7 @@
 `tx = lp.freeze_base(lp.lorapro_adamw(1e-4, scale=2.0))` trains the adapters of a Flax model.
 """
 
-from lorapro_jax import layouts, linen, nnx
+from lorapro_jax import layouts, linen, nnx, peft
 from lorapro_jax._diagnostics import PairDiagnostics, diagnose
 from lorapro_jax._layouts import Layout, LoRADimensionNumbers
 from lorapro_jax._partition import freeze_base, labels, merge, split
@@ -24,6 +24,7 @@ __all__ = [
     "merge",
     "merge_lora",
     "nnx",
+    "peft",
     "scale_by_lorapro_adam",
     "split",
 ]

@@ -8,7 +8,8 @@ import lorapro_jax as lp
 ROOT = pathlib.Path(lp.__file__).parent.parent
 ORDER = [
     "_paths", "_checks", "_solve", "_layouts", "_batch", "_full", "_transform", "_partition",
-    "_diagnostics", "_adapter", "linen", "nnx", "layouts", "__init__",
+    "_diagnostics", "_adapter", "linen", "nnx", "layouts",
+    "_peft_config", "_peft_files", "_peft_modules", "peft", "__init__",
 ]  # fmt: skip
 
 

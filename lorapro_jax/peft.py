@@ -1,0 +1,238 @@
+"""Adapters as Hugging Face PEFT's files: W x + scale B A x, with A = aᵀ (r, in), B = bᵀ (out, r).
+
+`modules` says which PyTorch module a pair stands for, in both directions. PEFT and PyTorch are not
+needed; the package safetensors is (`pip install "lorapro-jax[peft]"`). Nothing is ever unpickled.
+"""
+
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from lorapro_jax import _layouts, _peft_config, _peft_files
+from lorapro_jax._checks import check_one_of, check_scale
+from lorapro_jax._layouts import Layout, Pair
+from lorapro_jax._peft_files import Adapter
+from lorapro_jax._peft_modules import (
+    Join,
+    Share,
+    Split,
+    Target,
+    canonical_shapes,
+    give,
+    plan,
+    take,
+)
+
+__all__ = ["Join", "Split", "load", "save"]
+
+Scale = float | int | Array | Callable[[str], Any]
+
+
+def save(
+    directory: str | os.PathLike,
+    lora: Any,
+    scale: Scale,
+    *,
+    modules: Mapping[str, Target],
+    layout: Layout | None = None,
+    base_model: str | None = None,
+    task_type: str | None = None,
+    rslora: bool = False,
+    fan_in_fan_out: bool = False,
+) -> None:
+    """Writes every pair of `lora` as an adapter that `peft.PeftModel.from_pretrained` loads.
+
+    K0 + s a b becomes W + (alpha / r) B A with A = aᵀ, B = bᵀ. Ranks and scales may differ between
+    pairs (rank_pattern, alpha_pattern); alpha is chosen so that PEFT computes s again, up to the
+    last digit of float64. The folder is made if need be; an older adapter in it is replaced, and
+    stays whole if the new one cannot be written.
+
+    Args:
+      directory: the folder for adapter_model.safetensors and adapter_config.json.
+      lora: a pytree with the factors: Linen dicts, an nnx.State; other leaves are left alone.
+      scale: the s of the forward pass: a number, or a callable of the pair's path.
+      modules: {regex of the pair's whole path: name of the module in the PyTorch model}. Names take
+        the regex's groups as \\1 and, for stacked layers, the index on the batch axes as {0}, {1}.
+        A pair that covers several modules takes a `Split` instead of a name, batch entries that
+        are one module (heads with a pair each) a `Join`.
+      layout: how pairs are named and lie; `lp.layouts.FLAX` by default.
+      base_model: what base_model_name_or_path shall say, such as "google-bert/bert-base-uncased".
+      task_type: PEFT's, such as "CAUSAL_LM". It decides which PeftModel is made; the heads that
+        "SEQ_CLS" and "TOKEN_CLS" train too are not in these files.
+      rslora: write use_rslora, so that alpha is s √r instead of s r. Same numbers either way.
+      fan_in_fan_out: write it, for base models of Conv1D layers (GPT-2). A and B do not change.
+
+    Raises:
+      ValueError: a pair that is incomplete or ambiguous, that `modules` does not cover, or two for
+        one module; a pattern that matches nothing; a scale that is not positive.
+      OSError: the files cannot be written.
+      ImportError: safetensors is not installed.
+
+    Example:
+      >>> import jax.numpy as jnp, lorapro_jax as lp, pathlib, tempfile
+      >>> lora = {"layers_0": {"query": {"lora_a": jnp.ones((4, 2)), "lora_b": jnp.ones((2, 6))}}}
+      >>> modules = {r"layers_(\\d+)/query": r"encoder.layer.\\1.attention.self.query"}
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     lp.peft.save(folder, lora, scale=2.0, modules=modules)
+      ...     again, scales = lp.peft.load(folder, like=lora, modules=modules)
+      >>> scales
+      {'layers_0/query': 2.0}
+
+    References:
+      LoRA, arXiv:2106.09685, section 4.1; rsLoRA, arXiv:2312.03732, theorem 3.2.
+    """
+    if task_type is not None:
+        check_one_of("task_type", task_type, _peft_config.TASK_TYPES)
+    paths, leaves, _ = _layouts.flatten(lora)
+    pairs = _layouts.find_pairs(paths, leaves, layout, require_pairs=True)
+    if not pairs:
+        raise ValueError("lora has no leaves, so there is no adapter to save; pass the parameters")
+    shares = plan(pairs, leaves, modules)
+    adapters = {}
+    for pair in pairs:
+        s = _scale_at(scale, pair.path)
+        a, b = (np.asarray(factor) for factor in _layouts.read(pair, leaves))
+        for share in shares[pair.path]:
+            adapters[share.module] = Adapter(*take(share, a, b), s)
+    _peft_files.write(
+        pathlib.Path(directory),
+        adapters,
+        rslora=rslora,
+        fan_in_fan_out=fan_in_fan_out,
+        base_model=base_model,
+        task_type=task_type,
+    )
+
+
+def _scale_at(scale: Scale, path: str) -> float:
+    value = scale(path) if callable(scale) else scale
+    check_scale(value, f"{path}: scale")
+    return float(value)
+
+
+def load(
+    directory: str | os.PathLike,
+    like: Any = None,
+    *,
+    modules: Mapping[str, Target] | None = None,
+    layout: Layout | None = None,
+) -> tuple[Any, dict[str, float]]:
+    """The factors and scales of an adapter that PEFT, or `save`, wrote.
+
+    Without `like`, the module "encoder.layer.0.query" becomes the pair "encoder/layer/0/query".
+    With it, the factors go where `modules` says, in that tree's axes and dtypes.
+
+    Args:
+      directory: the folder with adapter_model.safetensors and adapter_config.json.
+      like: a pytree whose factors (arrays or ShapeDtypeStructs) are to be replaced, of the
+        adapter's ranks. Its other leaves are returned as they are.
+      modules: as for `save`; needed with `like`, and only there.
+      layout: of `like`; `lp.layouts.FLAX` by default.
+
+    Returns:
+      (tree, scales): nested dicts with lora_a (in, r) and lora_b (r, out) at each module, or a tree
+      like `like`; and {pair's path: s}, whose `scales.__getitem__` is the `scale` of this library.
+
+    Raises:
+      FileNotFoundError: a file of the two is missing.
+      ValueError: a file is damaged or a pickle, holds something else than plain LoRA on linear
+        layers (DoRA, biases, embeddings, ...), contradicts the other file, or does not fit `like`.
+      ImportError: safetensors is not installed.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lorapro_jax as lp, tempfile
+      >>> lora = {"query": {"lora_a": jnp.ones((4, 2)), "lora_b": jnp.ones((2, 6))}}
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     lp.peft.save(folder, lora, scale=2.0, modules={"query": "layer.0.query"})
+      ...     tree, scales = lp.peft.load(folder)
+      >>> scales, jax.tree.map(jnp.shape, tree["layer"]["0"]["query"])
+      ({'layer/0/query': 2.0}, {'lora_a': (4, 2), 'lora_b': (2, 6)})
+    """
+    if (like is None) != (modules is None):
+        raise ValueError("pass like= and modules= together, or neither of them")
+    adapters = _peft_files.read(pathlib.Path(directory))
+    if like is None:
+        scales = {module.replace(".", "/"): x.scale for module, x in adapters.items()}
+        return _nested(adapters), scales
+    paths, leaves, treedef = _layouts.flatten(like)
+    pairs = _layouts.find_pairs(paths, leaves, layout, require_pairs=True)
+    shares = plan(pairs, leaves, modules or {})
+    _check_modules(directory, {s.module for found in shares.values() for s in found}, adapters)
+    scales = {}
+    for pair in pairs:
+        found = [(share, adapters[share.module]) for share in shares[pair.path]]
+        scales[pair.path] = _common_scale(pair.path, found)
+        a, b = _assemble(pair, leaves, found)
+        _layouts.write(pair, jnp.asarray(a), jnp.asarray(b), leaves)
+    return jax.tree.unflatten(treedef, leaves), scales
+
+
+def _nested(adapters: Mapping[str, Adapter]) -> dict:
+    tree: dict = {}
+    for module, adapter in adapters.items():
+        node = tree
+        for name in module.split("."):
+            node = node.setdefault(name, {})
+        node["lora_a"], node["lora_b"] = jnp.asarray(adapter.A.T), jnp.asarray(adapter.B.T)
+    return tree
+
+
+def _check_modules(directory, expected: set[str], adapters: Mapping[str, Adapter]) -> None:
+    for problem, names in (
+        ("has no adapter for", expected - adapters.keys()),
+        ("also adapts", adapters.keys() - expected),
+    ):
+        if names:
+            raise ValueError(
+                f"{directory} {problem} {len(names)} modules: {', '.join(sorted(names)[:3])}. "
+                "`like` and `modules` must cover exactly the adapter's modules; load it without "
+                "them to see what it holds"
+            )
+
+
+def _common_scale(path: str, found: Sequence[tuple[Share, Adapter]]) -> float:
+    by_scale = {adapter.scale: share.module for share, adapter in found}
+    if len(by_scale) > 1:
+        raise ValueError(
+            f"{path} has one scale for all its modules, but theirs differ: "
+            f"{', '.join(f'{module} {scale}' for scale, module in by_scale.items())}; load the "
+            "adapter without `like`, or into a tree with a pair for each"
+        )
+    return next(iter(by_scale))
+
+
+def _assemble(
+    pair: Pair, leaves: Sequence[Any], found: Sequence[tuple[Share, Adapter]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The canonical factors of which each module holds its share; shared slices must agree."""
+    a_shape, b_shape = canonical_shapes(pair, leaves)
+    a, b = np.empty(a_shape, leaves[pair.a].dtype), np.empty(b_shape, leaves[pair.b].dtype)
+    first: dict[str, tuple[str, np.ndarray]] = {}
+    for share, adapter in found:
+        _check_fit(pair, share, adapter, *(part.shape for part in take(share, a, b)))
+        for indices, matrices in zip(share.slices, give(share, *adapter[:2]), strict=True):
+            for name, factor, index, matrix in zip("ab", (a, b), indices, matrices, strict=True):
+                other, held = first.setdefault(f"{name} {index}", (share.module, matrix))
+                if not np.array_equal(held, matrix, equal_nan=True):
+                    raise ValueError(
+                        f"{pair.path} has one {name} for {other} and {share.module}, but in the "
+                        "file theirs differ; load it into a tree with a pair for each module"
+                    )
+                factor[index] = matrix.reshape(factor[index].shape)
+    return a, b
+
+
+def _check_fit(pair: Pair, share: Share, adapter: Adapter, A_shape: tuple, B_shape: tuple) -> None:
+    if (adapter.A.shape, adapter.B.shape) != (A_shape, B_shape):
+        rank, joined = divmod(adapter.A.shape[0], len(share.slices))
+        hint = f": make `like` with rank {rank}" if rank != pair.rank and not joined else ""
+        raise ValueError(
+            f"{pair.path} does not fit {share.module}: `like` asks for lora_A {A_shape} and lora_B "
+            f"{B_shape}, the file has {adapter.A.shape} and {adapter.B.shape}{hint}"
+        )
