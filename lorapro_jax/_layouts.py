@@ -218,9 +218,10 @@ def _by_name(paths: Sequence[str], layout: Layout) -> dict[str, dict[str, int]]:
     for name, factors in found.items():
         if len(factors) == 1:
             (role, i), other = *factors.items(), "b" if "a" in factors else "a"
+            where, leaf = name.rstrip(_SEPARATORS) or "the root", paths[i].rsplit("/", 1)[-1]
             raise ValueError(
-                f"{name.rstrip(_SEPARATORS) or 'the root'} has {paths[i].rsplit('/', 1)[-1]} "
-                f"({role}) but no matching {other}; train and freeze both together, or pass layout=..."
+                f"{where} has {leaf} ({role}) but no matching {other}; train and freeze both "
+                "together, or pass layout=..."
             )
     return found
 

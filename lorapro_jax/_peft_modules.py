@@ -1,6 +1,6 @@
 """Which Hugging Face modules a pair stands for, and which slices of a and b belong to each.
 
-Slices are of the canonical factors, a (batch, *m, r) and b (batch, r, *n): a batch entry is a
+Slices are of the canonical factors, a (*batch, *m, r) and b (*batch, r, *n): a batch entry is a
 module of its own; a Split divides one axis of one factor further, the other factor shared; a Join
 makes one module of several entries.
 """
@@ -82,7 +82,9 @@ class Share(NamedTuple):
 
 def take(share: Share, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The module's A (r, in) and B (out, r) out of a pair's canonical factors."""
-    pairs = [(a[i].reshape(-1, a.shape[-1]), b[j].reshape(b.shape[1], -1)) for i, j in share.slices]
+    pairs = [
+        (a[i].reshape(-1, a.shape[-1]), b[j].reshape(b[j].shape[0], -1)) for i, j in share.slices
+    ]
     if len(pairs) == 1:
         return pairs[0][0].T, pairs[0][1].T
     many_a, many_b = zip(*pairs, strict=True)
@@ -160,11 +162,11 @@ def _shares(pair: Pair, leaves: Sequence[Any], modules: Mapping[str, Target]) ->
     target = target.name if isinstance(target, Join) else target
     sizes = [leaves[pair.a].shape[axis] for axis in pair.a_axes.batch]
     named: list[tuple[str, tuple[tuple, tuple]]] = []
-    for entry, index in enumerate(itertools.product(*map(range, sizes))):
+    for index in itertools.product(*map(range, sizes)):
         whole = not isinstance(target, Split)
         parts = [(target, (), ())] if whole else _parts(pair, leaves, target, index)
         for template, a, b in parts:
-            named.append((_name(template, match, index), ((entry, *a), (entry, *b))))
+            named.append((_name(template, match, index), ((*index, *a), (*index, *b))))
     if join is None:
         return [Share(name, (slices,), "b") for name, slices in named]
     groups: dict[str, list[tuple[tuple, tuple]]] = {}
@@ -215,7 +217,7 @@ def _parts(
     if axis in axes.batch:  # both factors have it, and every entry is a whole pair
         _sizes(pair.path, dataclasses.replace(split, sizes=(1,) * len(split.names)), shape[axis])
         return [(split.names[index[axes.batch.index(axis)]], (), ())]
-    # The others follow the batch entry in a, the batch entry and the rank in b.
+    # The others follow the batch's indices in a, those and the rank in b.
     before = (slice(None),) * (axes.others.index(axis) + (split.factor == "b"))
     parts, start = [], 0
     for name, size in zip(split.names, _sizes(pair.path, split, shape[axis]), strict=True):
