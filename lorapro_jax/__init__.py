@@ -7,6 +7,7 @@ from lorapro_jax import layouts, linen, nnx, peft
 from lorapro_jax._diagnostics import PairDiagnostics, diagnose
 from lorapro_jax._layouts import Layout, LoRADimensionNumbers
 from lorapro_jax._partition import freeze_base, labels, merge, split
+from lorapro_jax._state_sharding import state_shardings
 from lorapro_jax._transform import lorapro, lorapro_adamw, scale_by_lorapro_adam
 from lorapro_jax.linen import merge_lora
 
@@ -27,4 +28,5 @@ __all__ = [
     "peft",
     "scale_by_lorapro_adam",
     "split",
+    "state_shardings",
 ]

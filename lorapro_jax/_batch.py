@@ -18,6 +18,7 @@ from jaxtyping import Array
 from lorapro_jax import _solve
 from lorapro_jax._checks import check_scale
 from lorapro_jax._layouts import Pair, flatten, read, read_gradients
+from lorapro_jax._sharding import explicit, spec_of
 from lorapro_jax._solve import Spectrum
 
 # Pairs of a group. XLA compiles one kernel for each place in a batch that an update is taken from,
@@ -103,10 +104,12 @@ def problem(
         s = scale(pair.path) if callable(scale) else scale
         check_scale(s, f"{pair.path}: scale")
         scales.append(jnp.asarray(s))
-    s = jnp.stack(scales) if group.stacked else jnp.broadcast_to(scales[0], group.batch)
     slopes = stacked(group, gradients, read_gradients)
     wide = [_solve.widen(x) for x in (*stacked(group, params), *slopes)]
     dtype = jnp.result_type(*wide)
+    sharding = explicit(wide[0], spec_of(wide[0])[: len(group.batch)])
+    s = jnp.stack(scales) if group.stacked else scales[0]
+    s = jnp.broadcast_to(s, group.batch, out_sharding=sharding)
     return Problem(*(x.astype(dtype) for x in (*wide, s)))
 
 

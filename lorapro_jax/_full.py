@@ -143,7 +143,7 @@ def _adam(
         # Otherwise it copies the whole group's for every pair.
         mu, nu, da, db = carry
         a, b, s = at(p.a), at(p.b), at(p.s)
-        g = equivalent(a, b, at(da), at(db), s)
+        g = equivalent(a, b, at(da), at(db), s, at(mu))
         mu = put(mu, _average(g, at(mu), b1))
         nu = put(nu, _average(g * g, at(nu), b2))
         m = at(mu).astype(g.dtype) / correction_1

@@ -25,7 +25,7 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float
 
-from lorapro_jax._sharding import contract
+from lorapro_jax._sharding import contract, explicit, spec_of
 
 CHOICES = ("sylvester", "zero", "symmetric")  # of x: which minimiser
 
@@ -86,7 +86,7 @@ def shared_core(b: Float[Array, "r *n"], h_b: Float[Array, "r *n"]) -> Float[Arr
 
 
 @custom_vmap
-def _eigh(x: Float[Array, "k r r"]) -> tuple[Float[Array, "k r"], Float[Array, "k r r"]]:
+def _eigh(x: Float[Array, "*k r r"]) -> tuple[Float[Array, "*k r"], Float[Array, "*k r r"]]:
     """`jnp.linalg.eigh` of symmetric matrices, in a way that cannot hang on a CPU.
 
     There jaxlib splits a large batch into tasks for XLA's thread pool and waits for them on a
@@ -97,11 +97,19 @@ def _eigh(x: Float[Array, "k r r"]) -> tuple[Float[Array, "k r"], Float[Array, "
     # jaxlib (lapack_kernels.cc) splits from 200,000 operations on; eigh takes about 9 r³
     at_once = max(1, 100_000 // (10 * rank**3))
 
-    def one_thread(x):
-        return lax.map(eigh, x, batch_size=at_once) if len(x) > at_once else eigh(x)
-
     def eigh(x):
         return tuple(jnp.linalg.eigh(x, symmetrize_input=False))
+
+    def one_thread(x):
+        if x.size <= at_once * rank**2:
+            return eigh(x)
+        spec = spec_of(x)
+        flat = jnp.reshape(x, (-1, rank, rank), out_sharding=explicit(x, [None] * 3))
+        values, vectors = lax.map(eigh, flat, batch_size=at_once)
+        return (
+            jnp.reshape(values, x.shape[:-1], out_sharding=explicit(x, spec[:-1])),
+            jnp.reshape(vectors, x.shape, out_sharding=explicit(x, spec)),
+        )
 
     return lax.platform_dependent(x, cpu=one_thread, default=eigh)
 
@@ -109,10 +117,8 @@ def _eigh(x: Float[Array, "k r r"]) -> tuple[Float[Array, "k r"], Float[Array, "
 @_eigh.def_vmap
 def _(size: int, in_batched: list[bool], x: Array) -> tuple[tuple[Array, Array], Any]:
     """A batch of batches is one batch, so that `_eigh` sees the whole of it."""
-    del in_batched  # x is the only argument
-    values, vectors = _eigh(jnp.reshape(x, (-1, *x.shape[2:])))
-    shape = size, -1, x.shape[-1]
-    return (jnp.reshape(values, shape), jnp.reshape(vectors, (*shape, shape[-1]))), (True, True)
+    del size, in_batched  # x is the only argument, and batched on its first axis
+    return _eigh(x), (True, True)
 
 
 def spectrum(P: Float[Array, "r r"], Q: Float[Array, "r r"], damping: Float[Array, ""]) -> Spectrum:
@@ -194,10 +200,14 @@ def equivalent_gradient(
     da: Float[Array, "*m r"],
     db: Float[Array, "r *n"],
     s: Float[Array, ""],
+    like: Float[Array, "..."] | None = None,
 ) -> Float[Array, "..."]:
-    """g~ = J(da, db) = s (da b + a db), the step of the full weight that (da, db) stands for."""
+    """g~ = J(da, db) = s (da b + a db), the step of the full weight that (da, db) stands for.
+
+    Sharded as `like` is, if given.
+    """
     left = jnp.concatenate([da, a], axis=-1) * s.astype(a.dtype)
-    return _dot(left, jnp.concatenate([b, db], axis=0))
+    return contract(left, jnp.concatenate([b, db], axis=0), [a.ndim - 1], [0], like=like)
 
 
 def project(

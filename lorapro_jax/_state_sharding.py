@@ -1,0 +1,119 @@
+"""The sharding of every leaf of an optimizer state: its parameter's, or its pair's kernel's."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lorapro_jax._batch import Group, groups
+from lorapro_jax._layouts import Layout, find_pairs, flatten, kernel_spec
+from lorapro_jax._paths import path_str
+
+Kernels = Callable[[str], PartitionSpec | None]
+
+
+def state_shardings(
+    tx: optax.GradientTransformation | optax.MultiSteps,
+    params: Any,
+    *,
+    kernels: Kernels | None = None,
+    layout: Layout | None = None,
+) -> Any:
+    """The sharding of each leaf of `tx.init(params)`, for jit's out_shardings and for Orbax.
+
+    A leaf that belongs to a parameter (its path ends with the parameter's, shapes agree) is sharded
+    as that is; full mode's dense moments as the kernel that the pair adapts. Everything else
+    (counts, hyperparameters) is replicated. Works for any optax transformation.
+
+    Args:
+      tx: the transformation, with whatever it is chained or masked with.
+      params: arrays or ShapeDtypeStructs whose `sharding` is a NamedSharding, all on one mesh.
+      kernels: from a pair's path to the PartitionSpec of its kernel, as (*batch, *m, *n), or None
+        for the default: rows sharded as a's, columns as b's, the rows first where both want one
+        mesh axis. To be given where factors are replicated and kernels are not.
+      layout: how pairs are named and laid out; `lp.layouts.FLAX` by default.
+
+    Returns:
+      A tree of the structure of `tx.init(params)` with a NamedSharding at every leaf.
+
+    Raises:
+      ValueError: a parameter without a NamedSharding, or on another mesh than the others; a spec
+        from `kernels` with more entries than its kernel has axes; whatever `lp.labels` raises.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lorapro_jax as lp
+      >>> from jax.sharding import NamedSharding, PartitionSpec as P
+      >>> mesh = jax.make_mesh((1,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+      >>> a, b = (NamedSharding(mesh, spec) for spec in (P("fsdp", None), P()))
+      >>> params = {"q": {"lora_a": jax.ShapeDtypeStruct((8, 2), jnp.float32, sharding=a),
+      ...                 "lora_b": jax.ShapeDtypeStruct((2, 4), jnp.float32, sharding=b)}}
+      >>> tx = lp.scale_by_lorapro_adam(2.0, mode="full")
+      >>> lp.state_shardings(tx, params).nu["q"].spec
+      PartitionSpec(None, 'fsdp', None)
+    """
+    paths, leaves, _ = flatten(params)
+    mesh = _mesh(paths, leaves)
+    pairs = find_pairs(paths, leaves, layout, require_pairs=False)
+    known: dict[str, list[tuple[tuple[int, ...], Iterable[Any]]]] = {
+        path: [(leaf.shape, leaf.sharding.spec)] for path, leaf in zip(paths, leaves, strict=True)
+    }
+    for name, group in groups(pairs, leaves).items():
+        spec = _moment_spec(group, leaves, kernels)
+        known.setdefault(name, []).append(((*group.batch, *group.m, *group.n), spec))
+
+    def sharding(path, leaf) -> NamedSharding:
+        for end in _ends(path_str(path)):
+            for shape, spec in known.get(end, ()):
+                if shape == leaf.shape:
+                    return NamedSharding(mesh, PartitionSpec(*spec))
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(sharding, jax.eval_shape(tx.init, params))
+
+
+def _mesh(paths: Sequence[str], leaves: Sequence[Any]) -> Any:
+    """The one mesh of all parameters."""
+    mesh = None
+    for path, leaf in zip(paths, leaves, strict=True):
+        own = getattr(leaf, "sharding", None)
+        if not isinstance(own, NamedSharding) or own.mesh != (mesh or own.mesh):
+            raise ValueError(
+                f"{path} has sharding {own}; every parameter needs a NamedSharding on one mesh "
+                f"({mesh}): jax.device_put(params, shardings), or ShapeDtypeStruct(sharding=...)"
+            )
+        mesh = own.mesh
+    if mesh is None:
+        raise ValueError("params has no leaves, so there is no mesh to shard the state over")
+    return mesh
+
+
+def _moment_spec(group: Group, leaves: Sequence[Any], kernels: Kernels | None) -> tuple[Any, ...]:
+    """How a group's moments, (pairs or *batch, *m, *n), are sharded."""
+    pair = group.pairs[0]
+    a_spec, b_spec = (_padded(leaves[i].sharding.spec, leaves[i].ndim) for i in (pair.a, pair.b))
+    given = [kernels(pair.path) if kernels else None for pair in group.pairs]
+    chosen = given[0]
+    if chosen is None and given.count(None) == len(given):
+        return kernel_spec(pair, a_spec, b_spec)
+    axes = len(group.m) + len(group.n) + (0 if group.stacked else len(group.batch))
+    if chosen is None or any(spec != chosen for spec in given) or len(chosen) > axes:
+        raise ValueError(
+            f"kernels gives {given} for {', '.join(pair.path for pair in group.pairs)}, whose "
+            f"moments are one array; they need one spec, of {axes} axes at most"
+        )
+    return (None, *chosen) if group.stacked else tuple(chosen)
+
+
+def _padded(spec: Iterable[Any], ndim: int) -> tuple[Any, ...]:
+    entries = tuple(spec)
+    return entries + (None,) * (ndim - len(entries))
+
+
+def _ends(path: str) -> Iterator[str]:
+    """The path, and what is left of it as keys are taken off its front."""
+    yield path
+    while "/" in path:
+        path = path.partition("/")[2]
+        yield path
