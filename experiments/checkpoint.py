@@ -176,7 +176,7 @@ class Checkpoints:
             if hosts.is_first():
                 self._remove_unfinished()
             raise
-        hosts.can_go_on_from(f"step {step} of {self.path.parent}")
+        hosts.can_go_on_from(f"step {step} or later of {self.path.parent}")
 
     def restore(self, like: Any) -> tuple[Any, dict] | None:
         """(arrays, progress) of the last checkpoint, shaped like `like`; None if there is none."""
@@ -188,7 +188,7 @@ class Checkpoints:
             arrays=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore()
         )
         restored = self._manager.restore(step, args=items)
-        hosts.can_go_on_from(f"step {step} of {self.path.parent}")
+        hosts.can_go_on_from(f"step {step} or later of {self.path.parent}")
         return restored.arrays, restored.progress
 
     def close(self) -> None:

@@ -116,6 +116,7 @@ def run_or_read(
         if (result := hosts.once(opened)) is not None:
             console.print(f"{title}: complete, nothing to do ({folder})", soft_wrap=True)
             return result
+        hosts.can_go_on_from(f"the last checkpoint of {folder}")
         return train_run(run, command, devices, folder, console, title)
 
 

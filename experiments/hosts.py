@@ -11,6 +11,7 @@ aborts them from a C++ thread, so a child process says what happened and what to
 """
 
 import atexit
+import contextlib
 import dataclasses
 import os
 import pickle
@@ -64,7 +65,12 @@ class Devices:
 
     def gather(self, x: Any) -> np.ndarray:
         """All of an array whose rows are cut, in every process."""
-        return np.asarray(x if self.mesh is None else multihost_utils.process_allgather(x, tiled=True))
+        return np.asarray(
+            x if self.mesh is None else multihost_utils.process_allgather(x, tiled=True)
+        )
+
+
+ONE = Devices()
 
 
 def connect(command: Command) -> None:
@@ -83,12 +89,12 @@ def connect(command: Command) -> None:
         shutdown_timeout_seconds=command.timeout,
     )
     _call_witness()
-    same = repr(dataclasses.replace(command, process_id=None)).encode()
+    same = repr(dataclasses.replace(command, process_id=None, data_dir=None)).encode()
     sums = multihost_utils.process_allgather(np.array([zlib.crc32(same)], np.uint32))
     if len(set(sums.ravel().tolist())) > 1:
         raise ValueError(
             "the processes of this run were given different options; give all of them the same "
-            "command line, but for --process-id"
+            "command line, but for --process-id and --data-dir"
         )
 
 
@@ -159,7 +165,7 @@ def _call_witness() -> None:
         start_new_session=True,  # Ctrl-C must not end it first
     )
     atexit.register(_leave)
-    can_go_on_from("the last checkpoint")
+    can_go_on_from("its last checkpoint")
 
 
 def can_go_on_from(what: str) -> None:
@@ -167,12 +173,14 @@ def can_go_on_from(what: str) -> None:
     if _witness is None or _witness.stdin is None:
         return
     me = f"process {jax.process_index()} of {jax.process_count()}"
-    _witness.stdin.write(
-        f"error: {me} ended before the run was complete: it was killed, or another process died or "
-        f"was not heard of in time (see above, and what the others wrote). Start all "
-        f"{jax.process_count()} processes again with the same options: the run goes on from {what}\n"
-    )
-    _witness.stdin.flush()
+    with contextlib.suppress(OSError):  # the witness was ended; the run need not be
+        _witness.stdin.write(
+            f"error: {me} ended before the run was complete: it was killed, or another process "
+            "died or was not heard of in time (see above, and what the others wrote). Start all "
+            f"{jax.process_count()} processes again with the same options: the run goes on from "
+            f"{what}\n"
+        )
+        _witness.stdin.flush()
 
 
 def _leave() -> None:

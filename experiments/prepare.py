@@ -12,7 +12,7 @@ from flax import nnx
 from experiments import data, methods, models, train
 from experiments.config import RunConfig
 from experiments.data.batching import BUCKETS
-from experiments.hosts import Devices
+from experiments.hosts import ONE, Devices
 
 EVAL_BATCH = 64
 # What compiling for one more length costs, in steps x tokens of its padding: on 2 CPU cores a
@@ -84,9 +84,7 @@ def lengths(run: RunConfig, tokens: np.ndarray) -> tuple[int, ...]:
     return min(((*chosen, run.max_length) for chosen in choices), key=cost)
 
 
-def build(
-    run: RunConfig, loaded: Data, devices: Devices = Devices()
-) -> tuple[train.Setup, nnx.State]:
+def build(run: RunConfig, loaded: Data, devices: Devices = ONE) -> tuple[train.Setup, nnx.State]:
     """The run's setup and initial trainable parameters, all from its configuration."""
     rngs = nnx.Rngs(run.seed)
     load_model, _ = models.MODELS[run.model]

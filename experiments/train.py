@@ -22,7 +22,7 @@ from flax import nnx
 
 from experiments import evaluate
 from experiments.checkpoint import Checkpoints
-from experiments.hosts import Devices
+from experiments.hosts import ONE, Devices
 
 AHEAD = 2  # steps dispatched before the oldest loss is read
 # Batches are cheap to make; more threads would take cores from a CPU run.
@@ -40,7 +40,7 @@ class Setup(NamedTuple):
     evaluation: grain.MapDataset
     epochs: int
     diagnose: Callable[..., dict[str, float]] | None  # of (params, grads, updates)
-    devices: Devices = Devices()
+    devices: Devices = ONE
 
 
 @dataclasses.dataclass
