@@ -171,8 +171,11 @@ def runs(command: Command) -> list[RunConfig]:
     _at_least("--timeout", command.timeout, 1)
     if command.devices is not None:
         _at_least("--devices", command.devices, 1)
-    if not command.distributed and (command.coordinator or command.num_processes is not None):
-        raise ValueError("--coordinator and --num-processes need --distributed; add it")
+    given = (command.coordinator, command.num_processes, command.process_id)
+    if not command.distributed and given != (None, None, None):
+        raise ValueError(
+            "--coordinator, --num-processes and --process-id need --distributed; add it"
+        )
     grid = [
         RunConfig(**shared, method=method, learning_rate=rate, seed=seed)
         for method in command.methods

@@ -2,7 +2,11 @@
 
 Every run, a method with a learning rate and a seed, has a folder under --out. A run that was killed
 goes on from its last checkpoint and ends with the same parameters bit for bit; one that is complete
-is only reported.
+is only reported. Several processes, each with its devices, share every batch of a run when each is
+started with --distributed and either a cluster that jax.distributed knows, or its own id:
+
+    python -m experiments.finetune --distributed --coordinator HOST:PORT --num-processes 2 \\
+        --process-id 0
 """
 
 import contextlib

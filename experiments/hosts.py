@@ -32,7 +32,13 @@ T = TypeVar("T")
 _BLOCK = 4096  # bytes; what is sent is padded to a multiple, since every length is compiled for
 
 # Reads one message a line until the other end closes, then prints the last, unless it is empty.
-_WITNESS = "import sys; *_, last = ['', *sys.stdin]; sys.stderr.write(last.strip() and last)"
+_WITNESS = """
+import sys
+last = ""
+for last in sys.stdin:
+    pass
+sys.stderr.write(last.strip() and last)
+"""
 _witness: subprocess.Popen | None = None
 
 

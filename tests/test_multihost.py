@@ -38,7 +38,7 @@ ONE = ("--methods", "lorapro-full", "--checkpoint-every", "1")
 LORA, LORAPRO = (f"pydoc-tiny-{method}-lr{RATE}-seed0" for method in ("lora", "lorapro-full"))
 TIMEOUT = 10  # after which a silent process counts as dead
 BOUND = 4 * TIMEOUT  # within which the others have ended, on a machine that is busy with others
-LIMIT = 120  # of a whole run
+LIMIT = 240  # of a whole run, likewise
 
 
 @pytest.fixture(scope="module")
