@@ -29,6 +29,7 @@ import jax
 import orbax.checkpoint as ocp
 import safetensors.numpy
 
+from experiments import hosts
 from experiments.config import RunConfig
 
 CONFIG, FINAL, RESULT, CHECKPOINTS = (
@@ -138,7 +139,7 @@ class Checkpoints:
     def __init__(self, folder: pathlib.Path):
         self.path = folder.absolute() / CHECKPOINTS
         with explained("the folder of the checkpoints", self.path):
-            self._remove_unfinished()
+            hosts.once(self._remove_unfinished)
             self._manager = ocp.CheckpointManager(
                 self.path,
                 options=ocp.CheckpointManagerOptions(
@@ -169,11 +170,13 @@ class Checkpoints:
         )
         try:
             with explained(f"the checkpoint of step {step}", self.path), _quiet_orbax():
-                self._check_room(arrays)
+                hosts.once(lambda: self._check_room(arrays))
                 self._manager.save(step, args=items)
         except OSError:
-            self._remove_unfinished()
+            if hosts.is_first():
+                self._remove_unfinished()
             raise
+        hosts.can_go_on_from(f"step {step} or later of {self.path.parent}")
 
     def restore(self, like: Any) -> tuple[Any, dict] | None:
         """(arrays, progress) of the last checkpoint, shaped like `like`; None if there is none."""
@@ -185,6 +188,7 @@ class Checkpoints:
             arrays=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore()
         )
         restored = self._manager.restore(step, args=items)
+        hosts.can_go_on_from(f"step {step} or later of {self.path.parent}")
         return restored.arrays, restored.progress
 
     def close(self) -> None:

@@ -137,6 +137,19 @@ class Command(Training):
     """Steps between checkpoints; 0: none before the end."""
     diagnose_every: int = 0
     """Steps between measurements of how close the steps are to full fine-tuning's; 0: never."""
+    devices: int | None = None
+    """Devices of this process that share every batch; None: one, or all if it is distributed."""
+    distributed: bool = False
+    """This is one of several processes, which share --out; the cluster (Slurm, MPI, TPU) tells it
+    the following three, or they are given."""
+    coordinator: str | None = None
+    """host:port at which process 0 will listen."""
+    num_processes: int | None = None
+    """How many there are."""
+    process_id: int | None = None
+    """Which this is, from 0."""
+    timeout: int = 100
+    """Seconds without a sign of life after which a process counts as dead, and all end."""
 
 
 def runs(command: Command) -> list[RunConfig]:
@@ -155,6 +168,14 @@ def runs(command: Command) -> list[RunConfig]:
             )
     _at_least("--checkpoint-every", command.checkpoint_every, 0)
     _at_least("--diagnose-every", command.diagnose_every, 0)
+    _at_least("--timeout", command.timeout, 1)
+    if command.devices is not None:
+        _at_least("--devices", command.devices, 1)
+    given = (command.coordinator, command.num_processes, command.process_id)
+    if not command.distributed and given != (None, None, None):
+        raise ValueError(
+            "--coordinator, --num-processes and --process-id need --distributed; add it"
+        )
     grid = [
         RunConfig(**shared, method=method, learning_rate=rate, seed=seed)
         for method in command.methods

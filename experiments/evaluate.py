@@ -63,13 +63,19 @@ def metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     }
 
 
-def predict(logits_fn: Callable[[Batch], object], batches: Iterable[Batch]) -> tuple:
+def predict(
+    logits_fn: Callable[[Batch], object],
+    batches: Iterable[Batch],
+    gather: Callable[..., np.ndarray] = np.asarray,
+) -> tuple:
     """All logits (N, C) and labels (N,), without the rows that pad a batch."""
     # Every batch is dispatched before the first result is fetched: the device does not wait.
     pending = [(logits_fn(batch), batch) for batch in batches]
     if not pending:
         raise ValueError("no example to evaluate; is the validation split empty?")
-    real = [batch["weights"] > 0 for _, batch in pending]
-    logits = [np.asarray(x, np.float64)[keep] for (x, _), keep in zip(pending, real, strict=True)]
-    labels = [batch["labels"][keep] for (_, batch), keep in zip(pending, real, strict=True)]
+    real = [gather(batch["weights"]) > 0 for _, batch in pending]
+    logits = [
+        gather(x).astype(np.float64)[keep] for (x, _), keep in zip(pending, real, strict=True)
+    ]
+    labels = [gather(batch["labels"])[keep] for (_, batch), keep in zip(pending, real, strict=True)]
     return np.concatenate(logits), np.concatenate(labels)

@@ -2,9 +2,14 @@
 
 Every run, a method with a learning rate and a seed, has a folder under --out. A run that was killed
 goes on from its last checkpoint and ends with the same parameters bit for bit; one that is complete
-is only reported.
+is only reported. Several processes, each with its devices, share every batch of a run when each is
+started with --distributed and either a cluster that jax.distributed knows, or its own id:
+
+    python -m experiments.finetune --distributed --coordinator HOST:PORT --num-processes 2 \\
+        --process-id 0
 """
 
+import contextlib
 import dataclasses
 import pathlib
 import resource
@@ -21,6 +26,7 @@ from experiments import (
     checkpoint,
     config,
     data,
+    hosts,
     methods,
     models,
     plots,
@@ -44,34 +50,45 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m experiments.finetune",
         config=(tyro.conf.FlagCreatePairsOff,),
     )
-    console = rich.console.Console()
-    if not console.is_terminal:
-        console = rich.console.Console(width=140)  # a pipe has no width; 80 would cut the table
     try:
-        failed = compare(command, console)
+        checked_runs(command)  # before the process waits for others
+        hosts.connect(command)
+        failed = compare(command, _console())
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except jax.errors.JaxRuntimeError as error:
+        if not command.distributed:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        hosts.abandon()
     return 1 if failed else 0
+
+
+def _console() -> rich.console.Console:
+    console = rich.console.Console(quiet=not hosts.is_first())
+    if not console.is_terminal:
+        console.width = 140  # a pipe has no width; 80 would cut the table
+    return console
 
 
 def compare(command: Command, console: rich.console.Console) -> int:
     """Makes every run of the command, then the table and the plots; returns how many diverged."""
-    grid = checked_runs(command)
+    grid, devices = checked_runs(command), hosts.devices(command)
     results, failed = [], 0
     for number, run in enumerate(grid, 1):
         title = f"[{number}/{len(grid)}] {run.folder_name}"
         try:
-            results.append(run_or_read(run, command, console, title))
+            results.append(run_or_read(run, command, devices, console, title))
         except FloatingPointError as error:
             failed += 1
             print(f"error: {run.folder_name} stopped: {error}", file=sys.stderr)
     if results:
-        path = checkpoint.collect(command.out)
         rows = summarise(results)
+        made = hosts.once(lambda: [checkpoint.collect(command.out), *plots.draw(rows, command.out)])
         console.print(report.rich_table(rows))
-        for made in (path, *plots.draw(rows, command.out)):
-            console.print(f"wrote {made}", highlight=False, soft_wrap=True)
+        for path in made:
+            console.print(f"wrote {path}", highlight=False, soft_wrap=True)
     return failed
 
 
@@ -85,28 +102,39 @@ def checked_runs(command: Command) -> list[RunConfig]:
 
 
 def run_or_read(
-    run: RunConfig, command: Command, console: rich.console.Console, title: str
+    run: RunConfig,
+    command: Command,
+    devices: hosts.Devices,
+    console: rich.console.Console,
+    title: str,
 ) -> dict[str, Any]:
     """The result of a run: read if it is complete, else trained, from a checkpoint if any."""
     folder = command.out / run.folder_name
-    with checkpoint.locked(folder):
-        checkpoint.claim(folder, run)
-        if (result := checkpoint.read_result(folder)) is not None:
+    with contextlib.ExitStack() as held:
+
+        def opened() -> dict | None:
+            held.enter_context(checkpoint.locked(folder))
+            checkpoint.claim(folder, run)
+            return checkpoint.read_result(folder)
+
+        if (result := hosts.once(opened)) is not None:
             console.print(f"{title}: complete, nothing to do ({folder})", soft_wrap=True)
             return result
-        return train_run(run, command, folder, console, title)
+        hosts.can_go_on_from(f"the last checkpoint of {folder}")
+        return train_run(run, command, devices, folder, console, title)
 
 
 def train_run(
     run: RunConfig,
     command: Command,
+    devices: hosts.Devices,
     folder: pathlib.Path,
     console: rich.console.Console,
     title: str,
 ) -> dict[str, Any]:
     """Trains one run and leaves its folder complete."""
     loaded = prepare.load_data(run, command.data_dir)
-    setup, params = prepare.build(run, loaded)
+    setup, params = prepare.build(run, loaded, devices)
     sizes = sizes_of(setup, params)
     saved = checkpoint.Checkpoints(folder)
     with progress.shown(console, title, len(setup.batches), run.batch_size) as observe:
@@ -119,8 +147,14 @@ def train_run(
             observe=observe,
         )
     saved.close()
-    result = summary(run, loaded, history) | sizes | peak_memory() | {"provenance": provenance()}
-    checkpoint.finish(folder, named_arrays(params), result)
+
+    def finished() -> dict[str, Any]:
+        result = summary(run, loaded, history) | sizes | peak_memory()
+        result |= {"devices": devices.count, "provenance": provenance()}
+        checkpoint.finish(folder, named_arrays(params), result)
+        return result
+
+    result = hosts.once(finished)
     scores = ", ".join(f"{k} {v:.4f}" for k, v in result["final"].items())
     console.print(f"{title}: {scores}", highlight=False, soft_wrap=True)
     return result

@@ -12,6 +12,7 @@ from flax import nnx
 from experiments import data, methods, models, train
 from experiments.config import RunConfig
 from experiments.data.batching import BUCKETS
+from experiments.hosts import ONE, Devices
 
 EVAL_BATCH = 64
 # What compiling for one more length costs, in steps x tokens of its padding: on 2 CPU cores a
@@ -83,7 +84,7 @@ def lengths(run: RunConfig, tokens: np.ndarray) -> tuple[int, ...]:
     return min(((*chosen, run.max_length) for chosen in choices), key=cost)
 
 
-def build(run: RunConfig, loaded: Data) -> tuple[train.Setup, nnx.State]:
+def build(run: RunConfig, loaded: Data, devices: Devices = ONE) -> tuple[train.Setup, nnx.State]:
     """The run's setup and initial trainable parameters, all from its configuration."""
     rngs = nnx.Rngs(run.seed)
     load_model, _ = models.MODELS[run.model]
@@ -95,17 +96,24 @@ def build(run: RunConfig, loaded: Data) -> tuple[train.Setup, nnx.State]:
     )
     graph, params, frozen = methods.split(model, run, rngs)
     buckets = lengths(run, loaded.train.lengths)
+    cut = {
+        "buckets": buckets,
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+    }
     batches = data.train_batches(
-        loaded.train, run.batch_size, seed=run.seed, epochs=run.epochs, buckets=buckets
+        loaded.train, run.batch_size, seed=run.seed, epochs=run.epochs, **cut
     )
+    eval_batch = -(-EVAL_BATCH // devices.count) * devices.count  # every device has as many rows
     setup = train.Setup(
         graph=graph,
-        frozen=frozen,
+        frozen=devices.replicate(frozen),
         tx=methods.optimizer(run, len(batches)),
         key=jax.random.key(run.seed),
         batches=batches,
-        evaluation=data.eval_batches(loaded.validation, EVAL_BATCH, buckets=buckets),
+        evaluation=data.eval_batches(loaded.validation, eval_batch, **cut),
         epochs=run.epochs,
         diagnose=methods.diagnosis(run),
+        devices=devices,
     )
     return setup, params

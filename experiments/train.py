@@ -22,6 +22,7 @@ from flax import nnx
 
 from experiments import evaluate
 from experiments.checkpoint import Checkpoints
+from experiments.hosts import ONE, Devices
 
 AHEAD = 2  # steps dispatched before the oldest loss is read
 # Batches are cheap to make; more threads would take cores from a CPU run.
@@ -39,6 +40,7 @@ class Setup(NamedTuple):
     evaluation: grain.MapDataset
     epochs: int
     diagnose: Callable[..., dict[str, float]] | None  # of (params, grads, updates)
+    devices: Devices = ONE
 
 
 @dataclasses.dataclass
@@ -75,7 +77,7 @@ def make_step(setup: Setup) -> Callable:
         loss, _, updates, opt_state = _update(setup, params, opt_state, frozen, batch, number)
         return optax.apply_updates(params, updates), opt_state, loss
 
-    return jax.jit(step, donate_argnums=(0, 1))
+    return jax.jit(step, donate_argnums=(0, 1), out_shardings=setup.devices.replicated)
 
 
 def make_diagnosis(setup: Setup) -> Callable:
@@ -85,7 +87,7 @@ def make_diagnosis(setup: Setup) -> Callable:
         _, grads, updates, _ = _update(setup, params, opt_state, frozen, batch, number)
         return setup.diagnose(params, grads, updates)
 
-    return jax.jit(diagnosis)
+    return jax.jit(diagnosis, out_shardings=setup.devices.replicated)
 
 
 def _update(setup: Setup, params, opt_state, frozen, batch, number) -> tuple:
@@ -164,7 +166,8 @@ def train(
         FloatingPointError: a loss is not finite.
         OSError: a checkpoint could not be written.
     """
-    opt_state, history = setup.tx.init(params), History()
+    params, opt_state = setup.devices.replicate((params, setup.tx.init(params)))
+    history = History()
     if (found := checkpoints.restore((params, opt_state))) is not None:
         (params, opt_state), history = found[0], History(**found[1])
     loop = _Loop(setup, history, observe)
@@ -174,7 +177,7 @@ def train(
     total = len(setup.batches)
     per_epoch = total // setup.epochs
     for done in range(len(history.losses) + 1, total + 1):
-        batch = next(iterator)
+        batch = setup.devices.shard(next(iterator))
         if diagnose_every and setup.diagnose and done % diagnose_every == 0:
             loop.diagnose(params, opt_state, batch, done)
         params, opt_state = loop.step(params, opt_state, batch, done)
@@ -234,7 +237,8 @@ class _Loop:
         with self.clock.on("evaluate"):
             logits, labels = evaluate.predict(
                 lambda batch: self.logits(self.setup.graph, params, self.setup.frozen, batch),
-                self.setup.evaluation,
+                map(self.setup.devices.shard, self.setup.evaluation),
+                self.setup.devices.gather,
             )
             scores = evaluate.metrics(logits, labels)
         self.stop_unless_finite("validation", scores["loss"], done)

@@ -1,0 +1,206 @@
+"""Two processes of four devices against one of eight; one of them killed; disagreeing options.
+
+Two processes and one add the eight devices' gradients in different orders (gloo's, and that of
+XLA's threads), so their gradients differ in the last digits. Adam turns a gradient that is all
+rounding into a step of full size; with an epsilon no smaller than the rate it cannot: d step /
+d gradient <= rate / eps = 1, and plain LoRA's parameters agree to float32 rounding. LoRA-Pro
+divides by the Gram of a factor that starts at zero, so rounding moves its factors more, along
+directions that hardly change their product: there the losses and scores agree to float32 rounding.
+Runs of the same number of processes agree bit for bit.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from experiments import config, finetune, hosts
+
+ROOT = pathlib.Path(__file__).parents[1]
+STEPS, RATE = 6, 1e-3
+FLAGS = (
+    "--model tiny --max-length 16 --batch-size 16 --eval-examples 20 --train-examples 92 "
+    f"--epochs 1 --learning-rates {RATE} --eps {RATE}"
+).split()
+BOTH = ("--methods", "lora,lorapro-full", "--checkpoint-every", "0")
+ONE = ("--methods", "lorapro-full", "--checkpoint-every", "1")
+LORA, LORAPRO = (f"pydoc-tiny-{method}-lr{RATE}-seed0" for method in ("lora", "lorapro-full"))
+TIMEOUT = 10  # after which a silent process counts as dead
+BOUND = 4 * TIMEOUT  # within which the others have ended, on a machine that is busy with others
+LIMIT = 240  # of a whole run, likewise
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Compiled programs, so that only the first run of a kind waits for the compiler."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@contextlib.contextmanager
+def started(out, cache, devices: int, *flags: str) -> Iterator[subprocess.Popen]:
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_ENABLE_X64": "0",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    command = [sys.executable, "-m", "experiments.finetune", *FLAGS, "--out", str(out), *flags]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+@contextlib.contextmanager
+def pair(out, cache, flags: tuple[str, ...], *second: str) -> Iterator[list[subprocess.Popen]]:
+    """The two processes; `second` are further flags of the second."""
+    shared = [*flags, "--distributed", "--coordinator", f"127.0.0.1:{free_port()}"]
+    shared += ["--num-processes", "2", "--timeout", str(TIMEOUT), "--process-id"]
+    with (
+        started(out, cache, 4, *shared, "0") as zero,
+        started(out, cache, 4, *shared, "1", *second) as one,
+    ):
+        yield [zero, one]
+
+
+def ended(processes, limit: float = LIMIT) -> list[tuple[int, str, str]]:
+    """(status, stdout, stderr) of every process, all of which end within `limit` seconds."""
+    deadline = time.monotonic() + limit
+    written = [p.communicate(timeout=deadline - time.monotonic()) for p in processes]
+    return [(p.returncode, *texts) for p, texts in zip(processes, written, strict=True)]
+
+
+def succeeded(processes) -> list[str]:
+    """What every process wrote to stdout; none of them failed."""
+    found = ended(processes)
+    for status, _, error in found:
+        assert status == 0, error
+    return [out for _, out, _ in found]
+
+
+def newest(out) -> int:
+    steps = (out / LORAPRO / "checkpoints").glob("[0-9]*")
+    return max((int(p.name) for p in steps if p.name.isdigit()), default=0)
+
+
+def result(out, name: str) -> dict:
+    return json.loads((out / name / "result.json").read_text())
+
+
+def final(out, name: str) -> dict[str, np.ndarray]:
+    return safetensors.numpy.load_file(out / name / "final.safetensors")
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, cache):
+    """The folder and the output of two processes that nothing disturbed."""
+    out = tmp_path_factory.mktemp("two")
+    with pair(out, cache, BOTH) as processes:
+        return out, succeeded(processes)
+
+
+def test_two_processes_train_what_one_does(unbroken, tmp_path, cache):
+    two, _ = unbroken
+    with started(tmp_path, cache, 8, *BOTH, "--devices", "8") as one:
+        succeeded([one])
+    got, expected = final(two, LORA), final(tmp_path, LORA)
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        # Each step rounds a parameter of up to 2 in its last digit and inherits the gradient's.
+        np.testing.assert_allclose(got[name], value, rtol=0, atol=2e-6, err_msg=name)
+    for name in (LORA, LORAPRO):
+        results = [result(out, name) for out in (two, tmp_path)]
+        assert [(r["devices"], r["steps"]) for r in results] == [(8, STEPS)] * 2
+        for key in ("losses", "evaluations"):
+            flat, wanted = (jax.tree.leaves(r[key]) for r in results)
+            np.testing.assert_allclose(flat, wanted, rtol=1e-5, err_msg=f"{name}: {key}")
+
+
+def test_only_the_first_process_writes_to_the_terminal(unbroken):
+    _, (first, second) = unbroken
+    assert f"step {STEPS}/{STEPS}" in first
+    assert "wrote" in first
+    assert not [line for line in second.splitlines() if "Gloo" not in line]
+
+
+def test_a_death_ends_the_others_and_a_restart_resumes_exactly(unbroken, tmp_path, cache):
+    for victim, step in ((1, 1), (0, 3)):
+        with pair(tmp_path, cache, ONE) as processes:
+            deadline = time.monotonic() + LIMIT
+            while newest(tmp_path) < step:
+                assert all(p.poll() is None for p in processes), "a run ended before it was killed"
+                assert time.monotonic() < deadline, "the moment to kill never came"
+                time.sleep(0.01)
+            processes[victim].send_signal(signal.SIGKILL)
+            found = ended(processes, BOUND)
+        status, _, error = found[1 - victim]
+        assert status not in (0, None)
+        last = error.strip().splitlines()[-1]
+        assert f"error: process {1 - victim} of 2 ended before the run was complete" in last
+        assert "Start all 2 processes again with the same options" in last
+        assert str(tmp_path / LORAPRO) in last
+        assert step <= newest(tmp_path) < STEPS
+        assert not (tmp_path / LORAPRO / "result.json").exists()
+    with pair(tmp_path, cache, ONE) as processes:
+        succeeded(processes)
+    whole, _ = unbroken
+    files = [out / LORAPRO / "final.safetensors" for out in (tmp_path, whole)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    for key in ("losses", "evaluations"):
+        assert result(tmp_path, LORAPRO)[key] == result(whole, LORAPRO)[key]
+
+
+def test_processes_with_different_options_all_stop(tmp_path, cache):
+    with pair(tmp_path, cache, ONE, "--seeds", "1") as processes:
+        found = ended(processes)
+    for status, _, error in found:
+        assert status == 2, error
+        assert "the processes of this run were given different options" in error
+        assert "Traceback" not in error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--devices", "0"], "--devices must be a finite number of at least 1"),
+        (["--devices", "1000"], "set JAX_NUM_CPU_DEVICES=1000"),
+        (["--coordinator", "localhost:1"], "need --distributed"),
+        (["--timeout", "0"], "--timeout"),
+    ],
+)
+def test_bad_values_are_named_with_what_to_do(tmp_path, capsys, flags, message):
+    assert finetune.main([*FLAGS, "--out", str(tmp_path), *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_one_device_needs_no_mesh():
+    alone = hosts.devices(config.Command())
+    batch = {"tokens": np.zeros((2, 3), np.int32)}
+    assert alone.mesh is None
+    assert alone.count == 1
+    assert alone.shard(batch) is batch
+    assert alone.replicate(batch) is batch
+    assert hosts.once(lambda: 7) == 7
