@@ -18,7 +18,7 @@ from jaxtyping import Array
 from lorapro_jax import _solve
 from lorapro_jax._checks import check_scale
 from lorapro_jax._layouts import Pair, flatten, read, read_gradients
-from lorapro_jax._sharding import explicit, spec_of
+from lorapro_jax._sharding import explicit, placed, spec_of
 from lorapro_jax._solve import Spectrum
 
 # Pairs of a group. XLA compiles one kernel for each place in a batch that an update is taken from,
@@ -116,7 +116,9 @@ def problem(
 def stacked(group: Group, leaves: Sequence[Array], reader: Callable = read) -> list[Array]:
     """The group's factors or steps (or gradients, with that reader) as two arrays."""
     columns = zip(*(reader(pair, leaves) for pair in group.pairs), strict=True)
-    return [jnp.stack(column) if group.stacked else column[0] for column in columns]
+    if not group.stacked:
+        return [column[0] for column in columns]
+    return [jnp.stack([placed(x, spec_of(column[0])) for x in column]) for column in columns]
 
 
 def unstacked(tree: Any, group: Group) -> list[Any]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from lorapro_jax._paths import no_match_error, path_str
-from lorapro_jax._sharding import joined
+from lorapro_jax._sharding import joined, placed, spec_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,11 +278,18 @@ def read_gradients(pair: Pair, leaves: Sequence[Array]) -> tuple[Array, Array]:
     return _read(pair, leaves, jnp.mean)
 
 
+def _whole_rank(x: Array, axes: Axes) -> Array:
+    """`x`, gathered along its rank axis: (r, r) matrices are on every device."""
+    return placed(x, [None if i == axes.rank else entry for i, entry in enumerate(spec_of(x))])
+
+
 def _read(pair: Pair, leaves: Sequence[Array], reduce: Callable) -> tuple[Array, Array]:
-    a = jnp.transpose(leaves[pair.a], _a_order(pair.a_axes))
-    b = jnp.transpose(leaves[pair.b], _b_order(pair.b_axes))
+    a = _whole_rank(leaves[pair.a], pair.a_axes).transpose(_a_order(pair.a_axes))
+    b = _whole_rank(leaves[pair.b], pair.b_axes).transpose(_b_order(pair.b_axes))
     first, last = len(pair.b_axes.batch), len(pair.b_axes.batch) + len(pair.b_axes.summed)
-    return a, reduce(b, axis=range(first, last)) if first < last else b
+    b = reduce(b, axis=range(first, last)) if first < last else b
+    # one batch for both: where the factors' batch axes are sharded differently, as that of a
+    return a, placed(b, joined(spec_of(a)[:first], spec_of(b)[first:]))
 
 
 def write(pair: Pair, a: Array, b: Array, leaves: list[Any]) -> None:
@@ -297,7 +304,8 @@ def write(pair: Pair, a: Array, b: Array, leaves: list[Any]) -> None:
         b = jnp.broadcast_to(share, [*b.shape[:first], *slices, *b.shape[first:]])
     for x, i, order in ((a, pair.a, _a_order(pair.a_axes)), (b, pair.b, _b_order(pair.b_axes))):
         back = [order.index(axis) for axis in range(len(order))]
-        leaves[i] = jnp.transpose(x, back).astype(leaves[i].dtype)
+        x = jnp.transpose(x, back).astype(leaves[i].dtype)
+        leaves[i] = placed(x, spec_of(leaves[i]))
 
 
 def kernel_spec(pair: Pair, a_spec: Sequence[Any], b_spec: Sequence[Any]) -> tuple[Any, ...]:

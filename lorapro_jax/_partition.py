@@ -140,13 +140,14 @@ def merge(lora: Any, base: Any) -> Any:
 
     Args:
       lora: a tree of leaves or None.
-      base: the same tree with None exactly where `lora` has a leaf.
+      base: the same tree with None where `lora` has a leaf. None in both is None in the result: an
+        empty part of the tree, such as the zero point of a symmetrically quantised kernel.
 
     Returns:
       One tree with every leaf.
 
     Raises:
-      ValueError: the structures differ, or a leaf is in both trees or in neither.
+      ValueError: the structures differ, or a leaf is in both trees.
 
     Example:
       >>> import lorapro_jax as lp
@@ -161,8 +162,7 @@ def merge(lora: Any, base: Any) -> Any:
             f"updated leaf by leaf. lora: {treedef}; base: {other}"
         )
     for path, x, y in zip(paths, ours, theirs, strict=True):
-        if (x is None) == (y is None):
-            where = "neither lora nor base" if x is None else "both lora and base"
-            raise ValueError(f"{path} is in {where}; each leaf belongs to exactly one of them")
+        if x is not None and y is not None:
+            raise ValueError(f"{path} is in both lora and base; a leaf belongs to one of them")
     merged = [y if x is None else x for x, y in zip(ours, theirs, strict=True)]
     return jax.tree.unflatten(treedef, merged)

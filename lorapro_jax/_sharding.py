@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, reshard
 from jaxtyping import Array
 
 # TPUs and Ampere GPUs would run float32 products at bf16 or tf32, whose error the
@@ -38,16 +38,23 @@ def contract(
 
 def spec_of(x: Any) -> tuple[Any, ...]:
     """The mesh axes that each axis of an array is explicitly sharded over, or None."""
-    spec = jax.typeof(x).sharding.spec
+    spec = () if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x).sharding.spec
     return (*spec, *[None] * (x.ndim - len(spec)))
 
 
 def explicit(x: Any, spec: Sequence[Any]) -> NamedSharding | None:
     """`spec` on the explicit mesh of `x`; None where there is none."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return None
     mesh = jax.typeof(x).sharding.mesh
     if mesh.empty or not mesh.explicit_axes:
         return None
     return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def placed(x: Array, spec: Sequence[Any]) -> Array:
+    """`x`, explicitly sharded so."""
+    return x if tuple(spec) == spec_of(x) else reshard(x, explicit(x, spec))
 
 
 def left_over(spec: Sequence[Any], axes: Sequence[int]) -> list[Any]:

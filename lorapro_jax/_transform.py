@@ -89,6 +89,11 @@ def lorapro(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def _wide_zeros(x: Any) -> Array:
+    """Zeros in float32 or better of an array or a jax.ShapeDtypeStruct."""
+    return jnp.zeros_like(x, dtype=jnp.promote_types(x.dtype, jnp.float32))
+
+
 def _adam(b1, b2, eps, mu_dtype) -> optax.GradientTransformation:
     """optax's Adam with moments in float32 or better, whatever the dtype of the gradients.
 
@@ -97,7 +102,7 @@ def _adam(b1, b2, eps, mu_dtype) -> optax.GradientTransformation:
     inner = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)
 
     def init(params):
-        return inner.init(jax.tree.map(_solve.widen, params))
+        return inner.init(jax.tree.map(_wide_zeros, params))
 
     def update(updates, state, params=None):
         del params

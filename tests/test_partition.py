@@ -177,7 +177,13 @@ def test_halves_that_do_not_fit_are_refused():
     lora, base = lp.split(params)
     with pytest.raises(ValueError, match="kernel is in both lora and base"):
         lp.merge(params, base)
-    with pytest.raises(ValueError, match="is in neither"):
-        lp.merge(lora, lora)
     with pytest.raises(ValueError, match="not two halves of one tree"):
         lp.merge(lora, {"other": None})
+
+
+def test_empty_parts_of_a_tree_stay_empty():
+    """As the zero point of a kernel that qwix quantised symmetrically."""
+    params, _ = with_base()
+    params["q8"] = {"scale": jnp.ones(2), "zero_point": None}
+    whole = lp.merge(*lp.split(params))
+    assert jax.tree.structure(whole) == jax.tree.structure(params)
