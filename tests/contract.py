@@ -5,12 +5,15 @@ of absl's, which is given ours while the suite is imported.
 """
 
 import importlib
+import os
+import warnings
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 import trees
 from absl.testing import parameterized
 from trees import SCALE
@@ -30,9 +33,7 @@ def sgd(
     require_pairs=True,
 ):
     """`lp.lorapro` and what makes an optimizer of it."""
-    projection = lp.lorapro(
-        scale, x=x, damping=damping, layout=layout, require_pairs=require_pairs
-    )
+    projection = lp.lorapro(scale, x=x, damping=damping, layout=layout, require_pairs=require_pairs)
     return optax.chain(projection, optax.scale_by_learning_rate(learning_rate))
 
 
@@ -79,13 +80,19 @@ DEFAULTS = {
     "lorapro_adamw": RATES | BETAS | {"weight_decay": 0.1},
 }
 
+# lorapro_adamw holds scale_by_lorapro_adam whole, between optax's and its own transformations
+PAIRED = [case for case in OPTIMIZERS if case[0] != "scale_by_lorapro_adam"]
+PAIRED_NAMES = ["-".join([name, *mode.values()]) for name, mode in PAIRED]
+
 # Of a leaf's largest entry: what another order of sums may change, one place for bf16's rounding.
 ROUNDING = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 2**-7}
 
 
 def load(suite, decorator, ours):
     """A test module of optax's, with `ours` in place of what `decorator` is given there."""
-    with mock.patch.object(parameterized, decorator, ours(getattr(parameterized, decorator))):
+    patch = mock.patch.object(parameterized, decorator, ours(getattr(parameterized, decorator)))
+    # The modules build optax's optimizers, some of which warn, and one sets XLA_FLAGS.
+    with patch, mock.patch.dict(os.environ), warnings.catch_warnings(action="ignore"):
         return importlib.import_module(suite)
 
 
@@ -94,8 +101,17 @@ def optimizer(name, mode, **numbers):
     return FACTORIES[name](**{**DEFAULTS[name], **mode, **numbers}, layout=LAYOUT)
 
 
+every_optimizer = pytest.mark.parametrize(
+    "tx", [optimizer(*case) for case in PAIRED], ids=PAIRED_NAMES
+)
+# where lorapro alone would show nothing that efficient mode, which begins with it, does not
+every_mode = pytest.mark.parametrize(
+    "tx", [optimizer(*case) for case in PAIRED[1:]], ids=PAIRED_NAMES[1:]
+)
+
+
 def make(dtype=None, seed=0):
-    """Three pairs of one group, a lone pair, three scanned layers, a vector and a scalar.
+    """Three pairs of one group, a lone pair, four scanned layers, a vector and a scalar.
 
     "mixed" gives the a of every pair in bf16 and all else in float32.
     """
@@ -105,7 +121,7 @@ def make(dtype=None, seed=0):
             lambda path, x, y: x if path_str(path).endswith("lora_a") else y, narrow, wide
         )
     params, _, _ = trees.make(seed=seed, dtype=dtype, shapes=SHAPES)
-    scanned, _, _ = trees.make(seed + 1, dtype, {name: SHAPES["layers_0"] for name in "abc"})
+    scanned, _, _ = trees.make(seed + 1, dtype, {name: SHAPES["layers_0"] for name in "abcd"})
     params["stack"] = jax.tree.map(lambda *x: jnp.stack(x), *scanned.values())
     params["bias"] = jnp.arange(4, dtype=params["head"]["lora_a"].dtype)
     params["temperature"] = jnp.asarray(0.5, params["bias"].dtype)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract import gradients, types
+from contract import every_mode, every_optimizer, gradients, types
 from trees import SCALE
 
 # --- optax's suite: trees without a pair -------------------------------------------------------
@@ -41,14 +41,6 @@ class TestOptaxContribSuite(suite.ContribTest):
 # --- trees with pairs --------------------------------------------------------------------------
 
 
-# lorapro_adamw holds scale_by_lorapro_adam whole, between optax's and its own transformations
-PAIRED = [case for case in contract.OPTIMIZERS if case[0] != "scale_by_lorapro_adam"]
-PAIRED_NAMES = ["-".join([name, *mode.values()]) for name, mode in PAIRED]
-every_optimizer = pytest.mark.parametrize(
-    "tx", [contract.optimizer(*case) for case in PAIRED], ids=PAIRED_NAMES
-)
-
-
 @functools.cache
 def compiled(tx):
     """One compilation of an update for all tests."""
@@ -62,7 +54,7 @@ def stepped(tx, params, state, grads=None):
     return optax.apply_updates(params, updates), state
 
 
-@every_optimizer
+@every_mode
 def test_extra_arguments_change_nothing(tx):
     params = contract.make()
     grads, state = gradients(params), tx.init(params)
@@ -103,7 +95,7 @@ def test_other_dtypes_are_as_stable(tx, dtype, x64):
     assert types(new_state) == types(state)
 
 
-@every_optimizer
+@every_mode
 def test_eager_calls_give_what_compiled_ones_give(tx):
     params = contract.make("mixed")
     state = tx.init(params)
@@ -150,7 +142,7 @@ def test_map_params_finds_the_moments_of_parameters(tx):
     assert types(optax.tree.map_params(tx, lambda x: 2 * x, state)) == types(state)
 
 
-@every_optimizer
+@every_mode
 def test_cond_and_scan_take_the_steps_of_a_python_loop(tx):
     params = contract.make()
     carry = expected = params, tx.init(params)
@@ -164,7 +156,7 @@ def test_cond_and_scan_take_the_steps_of_a_python_loop(tx):
     contract.assert_same(got, expected)
 
 
-@every_optimizer
+@every_mode
 def test_multi_steps_takes_a_step_on_the_mean_gradient(tx):
     """Two rounds of three different gradients; in between nothing moves."""
     params = contract.make()
@@ -196,7 +188,7 @@ CHANGED = {
 }
 
 
-@pytest.mark.parametrize(("name", "mode"), PAIRED, ids=PAIRED_NAMES)
+@pytest.mark.parametrize(("name", "mode"), contract.PAIRED[1:], ids=contract.PAIRED_NAMES[1:])
 def test_every_number_may_be_injected_and_changed(name, mode):
     """One compiled update: at the defaults, with each number changed, and with all of them."""
     params, defaults = contract.make(), contract.DEFAULTS[name]
