@@ -8,7 +8,6 @@ from unittest import mock
 
 import contract
 import jax
-import jax.numpy as jnp
 import optax
 import pytest
 from contract import every_mode, gradients, types
