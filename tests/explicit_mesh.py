@@ -55,13 +55,11 @@ def scanned(a=(), b=()):
 
 # How leaves lie on a 4 x 2 mesh, {path: axes}; the others are on every device.
 PLACEMENTS = {
-    "columns; layers of a scan": layers(b=(None, "x"))
-    | scanned(("x", None, None), ("x", None, None))
-    | {"bias": ("x",)},
     "rows; rows and columns of a scan": layers(a=("x", None))
     | scanned((None, "x", None), (None, None, "y")),
     "rows and columns; layers and columns of a scan": layers(("x", None), (None, "y"))
-    | scanned(("x", None, None), ("x", None, "y")),
+    | scanned(("x", None, None), ("x", None, "y"))
+    | {"bias": ("x",)},
     "rows over two axes; the rank of a scan": layers(a=(("x", "y"), None))
     | scanned((None, None, "y"), (None, "y", None)),
     "pairs of one group differ": {"layers_0/lora_a": ("x", None), "layers_1/lora_b": (None, "x")},

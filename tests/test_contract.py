@@ -220,11 +220,16 @@ def test_every_number_may_be_injected_and_changed(name, mode):
 def test_explicit_meshes_in_a_process_with_eight_devices():
     """tests/explicit_mesh.py: jax takes the number of its devices when it starts."""
     tests = pathlib.Path(__file__).parent
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    flags = (
+        "--xla_force_host_platform_device_count=8",
+        # types and values need no optimised code, which takes long to compile
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    )
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=short", "explicit_mesh.py"],
         cwd=tests,
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
     )
