@@ -219,7 +219,6 @@ def test_every_number_may_be_injected_and_changed(name, mode):
 
 def test_explicit_meshes_in_a_process_with_eight_devices():
     """tests/explicit_mesh.py: jax takes the number of its devices when it starts."""
-    tests = pathlib.Path(__file__).parent
     flags = (
         "--xla_force_host_platform_device_count=8",
         # types and values need no optimised code, which takes long to compile
@@ -227,8 +226,16 @@ def test_explicit_meshes_in_a_process_with_eight_devices():
         "--xla_llvm_disable_expensive_passes=true",
     )
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=short", "explicit_mesh.py"],
-        cwd=tests,
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "--no-header",
+            "--tb=short",
+            "tests/explicit_mesh.py",
+        ],
+        cwd=pathlib.Path(__file__).parent.parent,
         env=os.environ | {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
