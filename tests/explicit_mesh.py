@@ -55,14 +55,18 @@ def scanned(a=(), b=()):
 
 # How leaves lie on a 4 x 2 mesh, {path: axes}; the others are on every device.
 PLACEMENTS = {
-    "rows; rows and columns of a scan": layers(a=("x", None))
+    "rows and columns over one axis; those of a scan": layers(("x", None), (None, "x"))
     | scanned((None, "x", None), (None, None, "y")),
     "rows and columns; layers and columns of a scan": layers(("x", None), (None, "y"))
     | scanned(("x", None, None), ("x", None, "y"))
     | {"bias": ("x",)},
     "rows over two axes; the rank of a scan": layers(a=(("x", "y"), None))
     | scanned((None, None, "y"), (None, "y", None)),
-    "pairs of one group differ": {"layers_0/lora_a": ("x", None), "layers_1/lora_b": (None, "x")},
+    "pairs of one group differ; layers of one factor": {
+        "layers_0/lora_a": ("x", None),
+        "layers_1/lora_b": (None, "x"),
+    }
+    | scanned(a=("x", None, None)),
 }
 MIXED = PLACEMENTS["rows and columns; layers and columns of a scan"]
 every_placement = pytest.mark.parametrize("axes", PLACEMENTS.values(), ids=PLACEMENTS.keys())
