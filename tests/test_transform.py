@@ -1,4 +1,4 @@
-"""The transformations: against dense references, and the optax contract on trees with pairs."""
+"""The transformations: against dense references, and among optax's own."""
 
 import functools
 
@@ -377,58 +377,7 @@ def test_narrow_factors_come_within_a_stated_bound_of_float64(x64, dtype, bound)
         assert error <= bound * np.linalg.norm(expected)
 
 
-# --- the optax contract on trees with pairs ----------------------------------------------------
-
-
-@every_transform
-def test_dtypes_and_structures_are_preserved(make):
-    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
-        params, grads, _ = trees.make(dtype=dtype)
-        tx = make()
-        state = tx.init(params)
-        updates, new_state = jax.jit(tx.update)(grads, state, params)
-        assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, grads)
-        assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
-        before, after = (jax.tree.map(jax.typeof, s) for s in (state, new_state))
-        assert before == after
-
-
-@every_transform
-def test_extra_arguments_are_accepted_and_ignored(make):
-    params, grads, _ = trees.make()
-    tx = make()
-    with_extra, _ = tx.update(grads, tx.init(params), params, value=1.0, unexpected=object())
-    without, _ = tx.update(grads, tx.init(params), params)
-    trees.assert_close(with_extra, without)
-
-
-@every_transform
-def test_the_second_call_does_not_recompile(make):
-    params, grads, _ = trees.make()
-    tx = make()
-    update = jax.jit(tx.update)
-    updates, state = update(grads, tx.init(params), params)
-    update(grads, state, optax.apply_updates(params, updates))
-    assert update._cache_size() == 1
-
-
-@every_transform
-def test_lax_cond_and_scan_carry_the_state(make):
-    params, grads, _ = trees.make()
-    tx = make()
-
-    def body(carry, i):
-        p, s = carry
-        p, s = jax.lax.cond(
-            i % 2 == 0, lambda p, s: _apply(tx, grads, s, p), lambda p, s: (p, s), p, s
-        )
-        return (p, s), None
-
-    (scanned, _), _ = jax.lax.scan(body, (params, tx.init(params)), jnp.arange(4))
-    p, s = params, tx.init(params)
-    for _ in range(2):
-        p, s = _apply(tx, grads, s, p)
-    trees.assert_same_computation(scanned, p)
+# --- among other transformations; tests/test_contract.py has the rest of the optax contract -----
 
 
 def _apply(tx, grads, state, params):
@@ -448,30 +397,12 @@ def test_donated_buffers_give_the_same_step(make):
 
 
 @every_transform
-def test_map_params_and_empty_trees(make):
-    params, grads, _ = trees.make()
+def test_an_empty_tree_has_an_empty_step(make):
     tx = make()
-    _, state = tx.update(grads, tx.init(params), params)
-    doubled = optax.tree.map_params(tx, lambda x: x, state)
-    trees.assert_close(doubled, state)
     empty = tx.init({})
     updates, after = tx.update({}, empty, {})
     assert updates == {}
     assert jax.tree.structure(after) == jax.tree.structure(empty)
-
-
-@every_transform
-def test_multi_steps_accumulates_to_the_mean_gradient(make):
-    params, grads, _ = trees.make()
-    tx = optax.MultiSteps(make(), every_k_schedule=2)
-    state = tx.init(params)
-    first, state = tx.update(jax.tree.map(lambda g: 0.5 * g, grads), state, params)
-    assert all(not np.any(x) for x in jax.tree.leaves(first))
-    second, _ = tx.update(jax.tree.map(lambda g: 1.5 * g, grads), state, params)
-    plain = make()
-    expected, _ = plain.update(grads, plain.init(params), params)
-    # optax's running mean divides by a float32 count, also in float64
-    trees.assert_close(second, expected, rtol=1e-4, atol=1e-6)
 
 
 @every_transform
@@ -517,26 +448,6 @@ def test_non_finite_gradients_of_one_pair_do_not_reach_another(make):
         assert not np.all(np.isfinite(updates["down"]["lora_a"]))
         for name in ("also_up", "up", "wide"):
             trees.assert_close(updates[name], clean[name], rtol=0)
-
-
-@every_mode
-def test_inject_hyperparams_traces_every_number(mode):
-    params, grads, _ = trees.make()
-    numbers = dict(b1=0.8, b2=0.99, eps=1e-7, weight_decay=0.1, damping=1e-5)
-    plain = lp.lorapro_adamw(1e-2, SCALE, mode=mode, **numbers)
-    injected = optax.inject_hyperparams(lp.lorapro_adamw, static_args=("mode",))(
-        learning_rate=1e-2, scale=SCALE, mode=mode, **numbers
-    )
-    state, other = jax.jit(injected.init)(params), plain.init(params)
-    for _ in range(3):
-        updates, state = jax.jit(injected.update)(grads, state, params)
-        expected, other = plain.update(grads, other, params)
-        for ours, theirs in zip(*map(jax.tree.leaves, (updates, expected)), strict=True):
-            # inject_hyperparams holds its numbers in float32
-            np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.max(np.abs(theirs)))
-    state.hyperparams["learning_rate"] = jnp.zeros_like(state.hyperparams["learning_rate"])
-    updates, _ = jax.jit(injected.update)(grads, state, params)
-    assert all(not np.any(x) for x in jax.tree.leaves(updates))
 
 
 # --- refusals --------------------------------------------------------------------------------
