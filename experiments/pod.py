@@ -171,6 +171,7 @@ def devices(topology: str) -> list[Any]:
         TPU_SKIP_MDS_QUERY="1",
         TPU_ACCELERATOR_TYPE=f"{name}-{cores * chips_of(topology)}",
         TPU_WORKER_HOSTNAMES="localhost",
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # no chip is taken: another process may compile too
     )
     jax.config.update("jax_platforms", "cpu")  # tracing must not take a TPU that is there
     try:

@@ -201,9 +201,14 @@ def state_spec(path: str, shape: tuple[int, ...], trainable: dict, mesh: Mesh) -
     return PartitionSpec()
 
 
-def make(work: Workload, mode: str, mesh: Mesh) -> Step:
-    """The whole step of `mode`: loss, gradients of what trains, update, new parameters."""
-    tx = optimizer(mode, work)
+def make(
+    work: Workload, mode: str, mesh: Any, tx: optax.GradientTransformation | None = None
+) -> Step:
+    """The whole step of `mode`: loss, gradients of what trains, update, new parameters.
+
+    `tx` replaces `optimizer(mode, work)`, for another learning rate.
+    """
+    tx = optimizer(mode, work) if tx is None else tx
     named = dict(
         (path_of(path), leaf)
         for path, leaf in jax.tree_util.tree_flatten_with_path(work.trainable)[0]

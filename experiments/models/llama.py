@@ -55,22 +55,22 @@ TINY = LlamaConfig(
 
 
 def rotate(x_BTNH: jax.Array, theta: float) -> jax.Array:
-    """Rotary positions: dimensions i and i + H/2 turned by T theta^(-2i/H), in float32."""
-    half = x_BTNH.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    positions = jnp.arange(x_BTNH.shape[1], dtype=jnp.float32)
+    """Rotary positions: dimensions i and i + H/2 turned by T theta^(-2i/H), in float32 at least."""
+    half, wide = x_BTNH.shape[-1] // 2, jnp.promote_types(x_BTNH.dtype, jnp.float32)
+    frequencies = theta ** (-jnp.arange(half, dtype=wide) / half)
+    positions = jnp.arange(x_BTNH.shape[1], dtype=wide)
     angles_1T1H = (positions[:, None] * frequencies[None, :])[None, :, None, :]
     cos, sin = jnp.cos(angles_1T1H), jnp.sin(angles_1T1H)
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    first, second = jnp.split(x_BTNH.astype(wide), 2, axis=-1)
     turned = [first * cos - second * sin, second * cos + first * sin]
     return jnp.concatenate(turned, axis=-1).astype(x_BTNH.dtype)
 
 
 def attend(q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.Array:
-    """Causal grouped-query attention; the softmax in float32 whatever the activations are."""
-    scale = q_BTKGH.shape[-1] ** -0.5
+    """Causal grouped-query attention; the softmax in float32 or better."""
+    scale, wide = q_BTKGH.shape[-1] ** -0.5, jnp.promote_types(q_BTKGH.dtype, jnp.float32)
     scores_BKGTS = jnp.einsum(
-        "BTKGH,BSKH->BKGTS", q_BTKGH * scale, k_BSKH, preferred_element_type=jnp.float32
+        "BTKGH,BSKH->BKGTS", q_BTKGH * scale, k_BSKH, preferred_element_type=wide
     )
     length = q_BTKGH.shape[1]
     seen_TS = jnp.tril(jnp.ones((length, length), bool))
@@ -126,11 +126,11 @@ def _norm(config: LlamaConfig, dtype, rngs: nnx.Rngs) -> nnx.RMSNorm:
 
 
 class Llama(nnx.Module):
-    """Token ids to logits: `model(tokens) -> (B, T, V)` in float32.
+    """Token ids to logits: `model(tokens) -> (B, T, V)` in float32 or better.
 
     Args:
       config: the sizes.
-      rank: of the adapters on every linear layer; 0 for none. They are float32.
+      rank: of the adapters on every linear layer; 0 for none. They are float32 or better.
       alpha: the adapters' scale is alpha / rank.
       dtype: of the frozen weights and of the activations.
       spec: how activations (B, T, D) lie on the mesh that `jax.set_mesh` set; None without one.
@@ -147,10 +147,12 @@ class Llama(nnx.Module):
         spec: PartitionSpec | None = None,
         rngs: nnx.Rngs,
     ):
+        factors = jnp.promote_types(dtype, jnp.float32)
+
         def layer(rngs: nnx.Rngs) -> LlamaLayer:
             made = LlamaLayer(config, dtype=dtype, rngs=rngs)
             if rank:
-                lora.add_lora(made, rank, alpha, targets=ADAPTED, dtype=jnp.float32, rngs=rngs)
+                lora.add_lora(made, rank, alpha, targets=ADAPTED, dtype=factors, rngs=rngs)
             return made
 
         self.spec = spec
@@ -178,7 +180,8 @@ class Llama(nnx.Module):
             return self._placed(nnx.merge(graph, state)(x_BTD)), None
 
         x_BTD, _ = jax.lax.scan(layer, self._placed(self.embedding(tokens_BT)), layers)
-        return self.head(self.norm(x_BTD)).astype(jnp.float32)
+        logits_BTV = self.head(self.norm(x_BTD))
+        return logits_BTV.astype(jnp.promote_types(logits_BTV.dtype, jnp.float32))
 
     def _placed(self, x_BTD: jax.Array) -> jax.Array:
         return x_BTD if self.spec is None else jax.lax.with_sharding_constraint(x_BTD, self.spec)
