@@ -57,7 +57,7 @@ class Step(NamedTuple):
     """A jitted step and the abstract arguments to compile it with."""
 
     jitted: Any
-    args: tuple[Tree, Tree, Tree, Tree]  # trainable, optimizer state, frozen, batch
+    args: tuple[Tree, ...]  # trainable, optimizer state, then frozen and batch, or the gradients
 
 
 def decoder(config: llama.LlamaConfig, batch: int, length: int, rank: int) -> Workload:
@@ -240,6 +240,20 @@ def make(
     replicated = NamedSharding(mesh, PartitionSpec())
     jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=(*kept, replicated))
     return Step(jitted, args)
+
+
+def make_update(work: Workload, mode: str, mesh: Any) -> Step:
+    """The update alone, given the gradients: clipping, the rule of `mode`, new parameters."""
+    whole, tx = make(work, mode, mesh), optimizer(mode, work)
+    trainable, state, _, _ = whole.args
+
+    def update(trainable, state, gradients):
+        updates, state = tx.update(gradients, state, trainable)
+        return optax.apply_updates(trainable, updates), state
+
+    kept = tuple(jax.tree.map(lambda leaf: leaf.sharding, tree) for tree in (trainable, state))
+    jitted = jax.jit(update, donate_argnums=(0, 1), out_shardings=kept)
+    return Step(jitted, (trainable, state, trainable))
 
 
 def bytes_per_chip(tree: Tree) -> int:
