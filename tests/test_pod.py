@@ -1,0 +1,399 @@
+"""The decoder against numpy; costs read off HLO against closed forms; the command's doors."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from experiments import hlo_cost, pod, pod_step
+from experiments.models import llama
+
+ROOT = pathlib.Path(__file__).parent.parent
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason=f"the TPU compiler is not installed: {pod.LIBTPU}",
+)
+
+
+# The decoder: one row at a time in float64 numpy, loops for layers, heads and positions.
+
+
+def numpy_norm(x, scale):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * scale
+
+
+def numpy_rotate(x, theta):
+    """Pairs (i, i + H/2) as complex numbers, turned."""
+    half = x.shape[-1] // 2
+    angles = np.arange(len(x))[:, None] * theta ** (-2 * np.arange(half) / x.shape[-1])
+    turned = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * angles)
+    return np.concatenate([turned.real, turned.imag], -1)
+
+
+def numpy_layer(c, p, n, x):
+    def linear(name, y):
+        q = p[name]
+        return y @ (q["kernel"][n] + 2.0 * q["lora_a"][n] @ q["lora_b"][n])
+
+    y = numpy_norm(x, p["attention_norm"]["scale"][n])
+    q, k, v = linear("q", y), linear("k", y), linear("v", y)
+    heads = []
+    for h in range(c.heads):
+        shared = h // (c.heads // c.kv_heads)
+        own, theirs = (slice(i * c.head_width, (i + 1) * c.head_width) for i in (h, shared))
+        turned_q, turned_k = numpy_rotate(q[:, own], c.rope_theta), numpy_rotate(
+            k[:, theirs], c.rope_theta
+        )  # fmt: skip
+        rows = []
+        for t in range(len(x)):
+            weights = np.exp(turned_k[: t + 1] @ turned_q[t] / np.sqrt(c.head_width))
+            rows.append(weights / weights.sum() @ v[: t + 1, theirs])
+        heads.append(np.stack(rows))
+    x = x + linear("o", np.concatenate(heads, -1))
+    y = numpy_norm(x, p["mlp_norm"]["scale"][n])
+    gate = linear("gate", y)
+    return x + linear("down", gate / (1 + np.exp(-gate)) * linear("up", y))
+
+
+def numpy_logits(c, p, tokens):
+    x = p["embedding"]["embedding"][tokens]
+    for n in range(c.layers):
+        x = numpy_layer(c, p["layers"], n, x)
+    return numpy_norm(x, p["norm"]["scale"]) @ p["head"]["kernel"]
+
+
+def decoder(dtype, spread=0.3):
+    """A small decoder whose adapters, norms and kernels are all random."""
+    rng = np.random.default_rng(0)
+    model = nnx.eval_shape(
+        lambda: llama.Llama(llama.TINY, rank=4, alpha=8.0, dtype=dtype, rngs=nnx.Rngs(0))
+    )
+    graph, shapes = nnx.split(model)
+    return nnx.merge(
+        graph,
+        jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * spread, x.dtype), shapes),
+    )
+
+
+@nnx.jit
+def logits(model, tokens):
+    return model(tokens)
+
+
+TOKENS = np.random.default_rng(1).integers(0, 64, (2, 11))
+
+
+def test_the_decoder_is_numpys(x64):
+    model = decoder(jnp.float64)
+    params = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    expected = [numpy_logits(llama.TINY, params, row) for row in TOKENS]
+    np.testing.assert_allclose(logits(model, jnp.asarray(TOKENS)), expected, atol=1e-10)
+
+
+def test_no_position_sees_a_later_token():
+    model = decoder(jnp.float32)
+    changed = TOKENS.copy()
+    changed[:, 7:] = 63 - changed[:, 7:]
+    before, after = logits(model, jnp.asarray(TOKENS)), logits(model, jnp.asarray(changed))
+    np.testing.assert_array_equal(before[:, :7], after[:, :7])
+    assert not np.allclose(before[:, 7], after[:, 7])
+
+
+def test_the_loss_is_the_mean_surprise_of_the_next_tokens():
+    model = decoder(jnp.float32)
+    shares = np.exp(logits(model, jnp.asarray(TOKENS)))
+    shares /= shares.sum(-1, keepdims=True)
+    surprises = [
+        -np.log(shares[b, t, TOKENS[b, t + 1]])
+        for b in range(len(TOKENS))
+        for t in range(TOKENS.shape[1] - 1)
+    ]
+    found = nnx.jit(llama.next_token_loss)(model, jnp.asarray(TOKENS))
+    np.testing.assert_allclose(found, np.mean(surprises), rtol=1e-5)
+
+
+def test_llama3_8b_has_the_published_number_of_parameters():
+    model = nnx.eval_shape(lambda: llama.Llama(llama.LlamaConfig(), rngs=nnx.Rngs(0)))
+    assert sum(x.size for x in jax.tree.leaves(nnx.state(model))) == 8_030_261_248
+
+
+@pytest.mark.parametrize("wrong", [{"kv_heads": 3}, {"head_width": 7}])
+def test_sizes_that_do_not_fit_together_are_refused(wrong):
+    with pytest.raises(ValueError, match="kv_heads|head_width"):
+        llama.LlamaConfig(**wrong)
+
+
+# The step
+
+
+@pytest.mark.parametrize("mode", pod_step.MODES)
+def test_the_step_that_is_compiled_trains(mode):
+    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tensor"))
+    work = pod_step.decoder(llama.TINY, 4, 16, 4)
+    model = decoder(jnp.bfloat16)
+    _, trainable, frozen = nnx.split(model, nnx.LoRAParam, ...)
+    trainable, frozen = nnx.as_pure(trainable), nnx.as_pure(frozen)
+    tx = pod_step.optimizer(mode, work, rate=1.0 if mode == "sgd" else 1e-2)
+    batch = jnp.asarray(np.random.default_rng(0).integers(0, 64, (4, 16)), jnp.int32)
+    with jax.set_mesh(mesh):
+        step = pod_step.make(work, mode, mesh, tx)
+        state, losses = tx.init(trainable), []
+        for _ in range(8):
+            trainable, state, loss = step.jitted(trainable, state, frozen, batch)
+            losses.append(float(loss))
+    assert np.all(np.isfinite(losses))
+    assert losses[-1] < losses[0] - 0.05
+
+
+def abstract(fsdp, tensor):
+    return AbstractMesh((fsdp, tensor), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+
+
+@pytest.mark.parametrize("sizes", [(256, 1), (32, 8)])
+def test_every_chip_holds_its_share_of_llama3_8b(sizes):
+    work = pod_step.decoder(llama.LlamaConfig(), 256, 2048, 16)
+    linear = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    norms = 65 * 4096
+    steps = {mode: pod_step.make(work, mode, abstract(*sizes)) for mode in ("efficient", "full")}
+    trainable, state, frozen, _ = map(pod_step.bytes_per_chip, steps["efficient"].args)
+    assert frozen == 2 * ((linear + 2 * 128_256 * 4096) // 256 + norms)
+    factors = 4 * 32 * 16 * (2 * 8192 + 2 * 5120 + 3 * 18_432)
+    repeated = sizes[1] > 1  # factors whose one long axis only fsdp divides
+    assert trainable == factors // 256 if not repeated else trainable <= factors // 32
+    assert 0 <= state - 2 * trainable <= 64  # counts of steps
+    full = pod_step.bytes_per_chip(steps["full"].args[1])
+    assert 0 <= full - 2 * 4 * linear // 256 <= 64
+
+
+# Costs
+
+
+def compiled(f, *shapes):
+    return jax.jit(f).lower(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)).compile()
+
+
+def test_a_loop_counts_as_often_as_it_runs():
+    def f(x, w):
+        def body(y, k):
+            return jnp.tanh(y @ k), None
+
+        return jax.lax.scan(body, x, w)[0]
+
+    program = compiled(f, (32, 64), (10, 64, 64))
+    found = hlo_cost.cost(program.as_text())
+    once = hlo_cost.cost(program.as_text(), once=True)
+    products, tanh = 2 * 32 * 64 * 64, 32 * 64
+    assert found.flops == 10 * (products + tanh)
+    assert once.flops == products + tanh
+    assert found.unknown_loops == ()
+
+
+def test_a_loop_that_converges_counts_once_and_is_named():
+    def f(x, w):
+        def body(y):
+            return y @ w / 2
+
+        return jax.lax.while_loop(lambda y: jnp.sum(y) > 1, body, x)
+
+    found = hlo_cost.cost(compiled(f, (32, 32), (32, 32)).as_text())
+    assert len(found.unknown_loops) == 1
+    assert 2 * 32**3 <= found.flops <= 2 * 32**3 + 4 * 32**2
+
+
+def test_plain_products_cost_what_xla_says():
+    program = compiled(lambda x, y: x @ y, (48, 96), (96, 32))
+    found, xla = hlo_cost.cost(program.as_text()), program.cost_analysis()
+    assert found.flops == xla["flops"] == 2 * 48 * 96 * 32
+    assert found.bytes == xla["bytes accessed"] == 4 * (48 * 96 + 96 * 32 + 48 * 32)
+
+
+# The TPU backend's forms, as it writes them. Grouped-query scores: 8 groups of 4 heads, 128 wide,
+# over 2048 x 2048 positions, as a convolution most of whose window meets padding or holes.
+TPU = """HloModule made, num_partitions=16
+
+%start (p.0: bf16[256,1024]) -> (bf16[256,1024], bf16[4096,1024]) {
+  %p.0 = bf16[256,1024]{1,0:T(8,128)(2,1)} parameter(0)
+  %all-gather.1 = bf16[4096,1024]{1,0:T(8,128)(2,1)} all-gather(%p.0), channel_id=7, replica_groups=mesh['axis_0'=16,'axis_1'=1] {'axis_0'}, dimensions={0}
+  ROOT %custom-call.1 = (bf16[256,1024]{1,0}, bf16[4096,1024]{1,0}) custom-call(%p.0, %all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%async_collective_fusion.2 (p.1: bf16[256,1024]) -> bf16[4096,1024] {
+  %p.1 = bf16[256,1024]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %all-gather.2 = bf16[4096,1024]{1,0:T(8,128)(2,1)} all-gather(%p.1), channel_id=7, replica_groups=mesh['axis_0'=16,'axis_1'=1] {'axis_0'}, dimensions={0}
+}
+
+%body (t.1: (s32[], bf16[256,1024])) -> (s32[], bf16[256,1024]) {
+  %t.1 = (s32[]{:T(128)}, bf16[256,1024]{1,0:T(8,128)(2,1)}) parameter(0)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%t.1), index=0
+  %x.1 = bf16[256,1024]{1,0:T(8,128)(2,1)} get-tuple-element(%t.1), index=1
+  %two = s32[]{:T(128)} constant(2)
+  %next = s32[]{:T(128)} add(%i.1, %two)
+  %part = bf16[4096,1024]{1,0:T(8,128)(2,1)} fusion(%x.1), kind=kCustom, calls=%async_collective_fusion.2
+  %permute = (bf16[256,1024]{1,0:T(8,128)(2,1)S(1)}, bf16[256,1024]{1,0:T(8,128)(2,1)S(1)}, u32[]{:S(2)}) collective-permute-start(%x.1), channel_id=9, source_target_pairs={{0,1},{1,0}}
+  %permuted = bf16[256,1024]{1,0:T(8,128)(2,1)S(1)} collective-permute-done(%permute)
+  ROOT %out = (s32[]{:T(128)}, bf16[256,1024]{1,0:T(8,128)(2,1)}) tuple(%next, %x.1)
+}
+
+%condition (t.2: (s32[], bf16[256,1024])) -> pred[] {
+  %t.2 = (s32[]{:T(128)}, bf16[256,1024]{1,0:T(8,128)(2,1)}) parameter(0)
+  %i.2 = s32[]{:T(128)} get-tuple-element(%t.2), index=0
+  %limit = s32[]{:T(128)} constant(8)
+  ROOT %less = pred[]{:T(512)} compare(%i.2, %limit), direction=LT
+}
+
+ENTRY %main (q: f32[8,2048,128,4], k: f32[2048,8,128], w: bf16[256,1024]) -> f32[8,2048,2048,4] {
+  %q = f32[2048,8,128,4]{2,0,3,1:T(8,128)} parameter(0)
+  %k = f32[2048,8,1,128]{3,0,2,1:T(8,128)} parameter(1)
+  %w = bf16[256,1024]{1,0:T(8,128)(2,1)} parameter(2)
+  %scores = f32[8,2048,2048,4]{2,1,3,0:T(8,128)} convolution(%k, %q), window={size=8x4 stride=7x1 pad=0_0x3_3 lhs_dilate=8x1 rhs_reversal=0x1}, dim_labels=b01f_o0i1->0bf1
+  %zero = s32[]{:T(128)} constant(0)
+  %begun = (bf16[256,1024]{1,0}, bf16[4096,1024]{1,0}) fusion(%w), kind=kCustom, calls=%start
+  %in = (s32[]{:T(128)}, bf16[256,1024]{1,0:T(8,128)(2,1)}) tuple(%zero, %w)
+  %loop = (s32[]{:T(128)}, bf16[256,1024]{1,0:T(8,128)(2,1)}) while(%in), condition=%condition, body=%body
+  ROOT %result = f32[8,2048,2048,4]{2,1,3,0:T(8,128)} copy(%scores)
+}
+"""  # noqa: E501
+
+
+def test_a_tpu_convolution_costs_the_products_it_stands_for():
+    assert hlo_cost.cost(TPU).flops == 2 * (8 * 4) * 2048 * 2048 * 128
+
+
+def test_a_collective_in_several_kernels_counts_where_it_is_started():
+    shard = 2 * 256 * 1024
+    found = hlo_cost.cost(TPU).collectives
+    assert found["all-gather"] == (shard, 15 * shard)
+
+
+def test_a_collective_in_an_unrolled_loop_counts_its_trips():
+    shard = 2 * 256 * 1024
+    assert hlo_cost.cost(TPU).collectives["collective-permute"] == (4 * shard, 4 * shard)
+    once = hlo_cost.cost(TPU, once=True).collectives
+    assert once["collective-permute"] == (shard, shard)
+
+
+def test_what_is_no_hlo_is_refused():
+    with pytest.raises(ValueError, match="no ENTRY"):
+        hlo_cost.cost("module @jit_f {}")
+
+
+EIGHT_CHIPS = """
+import json
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, PartitionSpec as P
+from experiments import hlo_cost
+
+mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("x", "y"))
+
+def f(v):
+    gathered = jax.lax.all_gather(v, "x", tiled=True)
+    scattered = jax.lax.psum_scatter(gathered, "x", tiled=True)
+    def body(carry, _):
+        return jax.lax.psum(jnp.sin(carry), "y"), None
+    carry, _ = jax.lax.scan(body, scattered, length=5)
+    return jax.lax.ppermute(carry, "x", [(i, (i + 1) % 4) for i in range(4)])
+
+mapped = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=P("x"), out_specs=P("x"), check_vma=False))
+text = mapped.lower(jax.ShapeDtypeStruct((64, 16), jnp.float32)).compile().as_text()
+print(json.dumps(hlo_cost.cost(text).collectives))
+"""
+
+
+def run(*args, flags="", **environment):
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags} | environment
+    return subprocess.run(
+        [sys.executable, *args], cwd=ROOT, env=env, capture_output=True, text=True, timeout=280
+    )
+
+
+def test_collectives_of_eight_devices_by_hand():
+    done = run("-c", EIGHT_CHIPS, flags="--xla_force_host_platform_device_count=8")
+    assert done.returncode == 0, done.stderr
+    found = {kind: tuple(sizes) for kind, sizes in json.loads(done.stdout).items()}
+    shard = 4 * (64 // 4) * 16
+    assert found == {
+        "all-gather": (shard, 3 * shard),  # groups of 4: a ring passes 3 shards on
+        "reduce-scatter": (4 * shard, 3 * shard),
+        "all-reduce": (5 * shard, 5 * shard),  # 2 (n - 1) / n of a shard, n = 2, five times
+        "collective-permute": (shard, shard),
+    }
+
+
+# The command
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--topology", "v9:4x4"], "unknown TPU generation 'v9'"),
+        (["--topology", "v5e"], "v5e:4x4"),
+        (["--topology", "v5e:4x"], "v5e:4x4"),
+        (["--mesh", "3x3"], "product must be 256"),
+        (["--mesh", "256"], "FSDPxTENSOR"),
+        (["--mode", "ful"], "did you mean 'full'"),
+        (["--mode", "sgd"], "unknown mode"),
+        (["--model", "llama3"], "did you mean 'llama3-8b'"),
+        (["--batch", "100"], "multiple of 256"),
+        (["--length", "1"], "--length must be at least 2"),
+        (["--rank", "0"], "--rank must be at least 1"),
+    ],
+)
+def test_what_cannot_be_served_is_an_error_with_a_remedy(args, says, capsys, tmp_path):
+    assert pod.main([*args, "--results", str(tmp_path / "r.jsonl")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert says in error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
+def test_without_libtpu_the_error_says_what_to_install(tmp_path):
+    out = tmp_path / "r.jsonl"
+    done = run("-m", "experiments.pod", "--model", "tiny", "--results", str(out))
+    assert done.returncode == 2
+    assert (
+        done.stderr
+        == f"error: libtpu, which holds the TPU compiler, is not installed; `{pod.LIBTPU}`\n"
+    )
+
+
+@needs_libtpu
+def test_an_unknown_shape_of_slice_is_an_error(tmp_path):
+    out = tmp_path / "r.jsonl"
+    done = run("-m", "experiments.pod", "--topology", "v5e:3x5", "--model", "tiny",
+               "--results", str(out))  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: libtpu has no topology 'v5e:3x5'")
+
+
+@needs_libtpu
+def test_the_command_compiles_for_a_slice_that_is_not_there(tmp_path):
+    out = tmp_path / "r.jsonl"
+    done = run("-m", "experiments.pod", "--topology", "v5e:2x2", "--model", "tiny", "--rank", "4",
+               "--mode", "efficient,full", "--results", str(out))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = {row["variant"]: row for row in map(json.loads, out.read_text().splitlines())}
+    c = llama.TINY
+    queries, keys = c.heads * c.head_width, c.kv_heads * c.head_width
+    shapes = [(c.width, queries), (c.width, keys), (c.width, keys), (queries, c.width)]
+    shapes += [(c.width, c.mlp_width)] * 2 + [(c.mlp_width, c.width)]
+    factors = 4 * 4 * c.layers * sum(m + n for m, n in shapes) // 4  # float32, rank 4, 4 chips
+    moments = 2 * 4 * c.layers * sum(m * n for m, n in shapes) // 4
+    for row in rows.values():
+        assert row["trained_bytes"] == factors
+        assert row["fits"]
+        assert row["loops_counted_once"] == []
+        assert row["flops"] > row["xla_once"]["flops"]
+    assert 0 <= rows["efficient"]["state_bytes"] - 2 * factors <= 64
+    assert 0 <= rows["full"]["state_bytes"] - moments <= 64
+    assert all(0 < row["update"]["flops"] < row["flops"] for row in rows.values())
+    assert rows["sgd"]["update"]["flops"] < rows["efficient"]["update"]["flops"]
