@@ -186,19 +186,12 @@ def placed(tree: Tree, mesh: Mesh, spec: Callable[[str, tuple[int, ...]], Partit
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def state_spec(path: str, shape: tuple[int, ...], trainable: dict, mesh: Mesh) -> PartitionSpec:
-    """How a leaf of the optimizer's state lies: a factor's moment as the factor, a kernel's as it.
-
-    Full mode's moments (pairs, *m, *n) stand under the path of their group's first pair.
-    """
-    for name, like in trainable.items():
-        if path.endswith(name) and shape == like.shape:
-            return spec_of(name, shape, mesh)
-    for name in trainable:
-        pair = name.rsplit("/", 1)[0]
-        if path.endswith(pair) and len(shape) == 3:
-            return spec_of(f"{pair}/kernel", shape, mesh)
-    return PartitionSpec()
+def _like(tree: Tree, shardings: Tree) -> Tree:
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        tree,
+        shardings,
+    )
 
 
 def make(
@@ -209,21 +202,26 @@ def make(
     `tx` replaces `optimizer(mode, work)`, for another learning rate.
     """
     tx = optimizer(mode, work) if tx is None else tx
-    named = dict(
-        (path_of(path), leaf)
-        for path, leaf in jax.tree_util.tree_flatten_with_path(work.trainable)[0]
-    )
-    state = jax.eval_shape(tx.init, work.trainable)
 
     def parameter(path, shape):
         return spec_of(path, shape, mesh) if work.sharded else PartitionSpec()
 
-    def moment(path, shape):
-        return state_spec(path, shape, named, mesh) if work.sharded else PartitionSpec()
+    trainable = placed(work.trainable, mesh, parameter)
+    shapes = {
+        path_of(path): leaf.shape
+        for path, leaf in jax.tree_util.tree_flatten_with_path(trainable)[0]
+    }
+
+    def kernel(pair):
+        rows, columns = shapes[f"{pair}/lora_a"][:-1], shapes[f"{pair}/lora_b"][-1]
+        return parameter(f"{pair}/kernel", (*rows, columns))
 
     args = (
-        placed(work.trainable, mesh, parameter),
-        placed(state, mesh, moment),
+        trainable,
+        _like(
+            jax.eval_shape(tx.init, work.trainable),
+            lp.state_shardings(tx, trainable, kernels=kernel, layout=work.layout),
+        ),
         placed(work.frozen, mesh, parameter),
         placed(work.batch, mesh, lambda _, shape: PartitionSpec("fsdp")),
     )

@@ -78,7 +78,7 @@ def _mesh(paths: Sequence[str], leaves: Sequence[Any]) -> Any:
     mesh = None
     for path, leaf in zip(paths, leaves, strict=True):
         own = getattr(leaf, "sharding", None)
-        if not isinstance(own, NamedSharding) or own.mesh != (mesh or own.mesh):
+        if not isinstance(own, NamedSharding) or mesh not in (None, own.mesh):
             raise ValueError(
                 f"{path} has sharding {own}; every parameter needs a NamedSharding on one mesh "
                 f"({mesh}): jax.device_put(params, shardings), or ShapeDtypeStruct(sharding=...)"
