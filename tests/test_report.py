@@ -1,12 +1,14 @@
 """The report: means and stds against numpy, the README outside the markers untouched."""
 
 import json
+import pathlib
 import re
 
 import numpy as np
 import pytest
 
 from experiments import plots, report, summary
+from experiments.bench import tables
 from experiments.config import RunConfig
 
 PROVENANCE = {
@@ -160,3 +162,12 @@ def test_smoothing_keeps_a_line_and_a_constant():
     line = np.arange(100.0)
     half = 100 // (2 * plots.SMOOTHED_OVER)
     np.testing.assert_allclose(plots.smoothed(line)[half:-half], line[half:-half])
+
+
+def test_the_readmes_pod_table_is_made_from_the_rows():
+    root = pathlib.Path(__file__).parent.parent
+    rows = (root / "experiments" / "results" / "pod.jsonl").read_text().splitlines()
+    made = tables.pod_tables([json.loads(row) for row in rows])
+    assert made in (root / "README.md").read_text()
+    efficient = next(line for line in made.splitlines() if "v5e:4x4 | efficient" in line)
+    assert efficient.split(" | ")[2:4] == ["1.015", "20.97"]

@@ -1,7 +1,8 @@
 """The benchmarks' last results as the README's tables: python -m experiments.bench.tables
 
-Reads experiments/results/bench_*.jsonl and writes between the README's speed markers. Of each file
-the rows of its latest run count (one run writes all its rows with one time).
+Reads experiments/results/bench_*.jsonl and pod.jsonl and writes between the README's speed and pod
+markers. Of a benchmark the rows of its latest run count (one run writes all its rows with one
+time), of `experiments.pod` the latest row of each slice, model and mode.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ from experiments.checkpoint import write_atomic
 from experiments.report import splice
 
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
+POD_BEGIN, POD_END = "<!-- pod:begin -->", "<!-- pod:end -->"
 TITLES = {
     "bench_update": "One update of T5-base's 192 adapter pairs (144 of 768 x 768, 48 of 768 x "
     "3072, r = 8, float32), parameters included. `torch` is lora-pro-adamw 0.2.1 on PyTorch "
@@ -72,6 +74,40 @@ def where(row: dict) -> str:
     return f"{device}, jax {row['versions']['jax']}, commit {commit}."
 
 
+def pod_tables(rows: list[dict], model: str = "llama3-8b") -> str:
+    """What a chip holds and does in a whole step, and in the update alone with its share."""
+    step, update = {}, {}
+    for row in rows:
+        if row["config"]["model"] == model and row["variant"] != "sgd":
+            key = row["config"]["topology"], row["variant"]
+            (update if "update" in row else step)[key] = row
+    head = "base + factors GB|state MB|temporaries GB|total GB|TFLOP|memory traffic GB|sent GB"
+    lines = ["One whole step, per chip:", "", *_header(["slice", "mode", *head.split("|")])]
+    for key in sorted(step):
+        row = step[key]
+        parts = [(row["frozen_bytes"] + row["trained_bytes"]) / 1e9, row["state_bytes"] / 1e6]
+        parts += [row[k] / 1e9 for k in ("temporary_bytes", "total_bytes")]
+        parts += [row["flops"] / 1e12, row["memory_traffic_bytes"] / 1e9, row["sent_bytes"] / 1e9]
+        lines.append(_line([*key, *(f"{value:,.4g}" for value in parts)]))
+    head = ["slice", "mode", "MFLOP", "memory traffic MB", "sent MB"]
+    lines += ["", "The update alone, per chip, and its share of that step:", "", *_header(head)]
+    for key in sorted(update.keys() & step.keys()):
+        shares = (
+            f"{update[key]['update'][k] / 1e6:,.4g} ({update[key]['update'][k] / step[key][k]:.4%})"
+            for k in ("flops", "memory_traffic_bytes", "sent_bytes")
+        )
+        lines.append(_line([*key, *shares]))
+    return "\n".join(lines)
+
+
+def _header(names: list[str]) -> list[str]:
+    return [_line(names), "|" + "---|" * len(names)]
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
 def main(command: Tables) -> None:
     """Writes the section."""
     parts = []
@@ -80,6 +116,8 @@ def main(command: Tables) -> None:
         script = f"`python -m experiments.bench.{name.removeprefix('bench_')}`"
         parts += [f"{title} {where(rows[0])} {script}", table(rows)]
     text = splice(command.readme.read_text(), "\n\n".join(parts), BEGIN, END)
+    pod = [json.loads(line) for line in (command.results / "pod.jsonl").read_text().splitlines()]
+    text = splice(text, pod_tables(pod), POD_BEGIN, POD_END)
     write_atomic(command.readme, text.encode(), "the tables")
 
 
