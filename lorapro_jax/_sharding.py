@@ -38,14 +38,12 @@ def contract(
 
 def spec_of(x: Any) -> tuple[Any, ...]:
     """The mesh axes that each axis of an array is explicitly sharded over, or None."""
-    spec = () if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x).sharding.spec
+    spec = jax.typeof(x).sharding.spec
     return (*spec, *[None] * (x.ndim - len(spec)))
 
 
 def explicit(x: Any, spec: Sequence[Any]) -> NamedSharding | None:
     """`spec` on the explicit mesh of `x`; None where there is none."""
-    if isinstance(x, jax.ShapeDtypeStruct):
-        return None
     mesh = jax.typeof(x).sharding.mesh
     if mesh.empty or not mesh.explicit_axes:
         return None

@@ -50,8 +50,8 @@ def state_shardings(
       >>> params = {"q": {"lora_a": jax.ShapeDtypeStruct((8, 2), jnp.float32, sharding=a),
       ...                 "lora_b": jax.ShapeDtypeStruct((2, 4), jnp.float32, sharding=b)}}
       >>> tx = lp.scale_by_lorapro_adam(2.0, mode="full")
-      >>> lp.state_shardings(tx, params).nu["q"].spec
-      PartitionSpec(None, 'fsdp', None)
+      >>> tuple(lp.state_shardings(tx, params).nu["q"].spec)
+      (None, 'fsdp', None)
     """
     paths, leaves, _ = flatten(params)
     mesh = _mesh(paths, leaves)
