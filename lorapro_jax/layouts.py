@@ -60,7 +60,11 @@ An adapter's name may stand between: lora_A.default.weight.
 """
 
 LORAX = Layout(a=r"(?P<pair>.+)/b", b=r"(?P<pair>.+)/a")
-"""lorax: LoraWeight(w, a, b), whose b (in, r) is our a and whose a (r, out) is our b."""
+"""lorax: LoraWeight(w, a, b), whose b (in, r) is our a and whose a (r, out) is our b.
+
+Where other leaves are called b (Haiku's biases), narrow both patterns to the weights' names, such
+as `dataclasses.replace(LORAX, a=r"(?P<pair>.+/w)/b", b=r"(?P<pair>.+/w)/a")`.
+"""
 
 MAXDIFFUSION = Layout(
     a=r"(?P<pair>(.*/)?[^/]*lora[^/]*)/down/kernel", b=r"(?P<pair>(.*/)?[^/]*lora[^/]*)/up/kernel"
