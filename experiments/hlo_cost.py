@@ -167,13 +167,15 @@ def _group(module: Module, i: Instruction) -> int:
 # Bytes
 
 
+def _here(array: tuple[str, list[int], str]) -> int:
+    """Bytes of one array that lie in the main memory: none if it lies in another."""
+    dtype, dims, layout = array
+    return 0 if re.search(r"S\([1-9]", layout) else hlo.array_bytes(dtype, dims)
+
+
 def _main_memory(shape: str) -> int:
     """Bytes of the arrays of a shape that lie in the main memory."""
-    return sum(
-        hlo.array_bytes(dtype, dims)
-        for dtype, dims, layout in hlo.arrays(shape)
-        if not re.search(r"S\([1-9]", layout)
-    )
+    return sum(map(_here, hlo.arrays(shape)))
 
 
 def _bytes(module: Module, run: Run) -> float:
@@ -186,7 +188,7 @@ def _bytes(module: Module, run: Run) -> float:
     if i.opcode == "dynamic-update-slice":
         return 2.0 * _main_memory(operands[1])
     if i.opcode == "copy-start":  # (destination, source, context)
-        return _first(i.shape) + _main_memory(operands[0])
+        return _here(hlo.arrays(i.shape)[0]) + _main_memory(operands[0])
     if i.opcode == "collective-permute-start":  # (source, destination, contexts)
         return _main_memory(i.shape)
     if i.opcode == "fusion":
@@ -194,18 +196,12 @@ def _bytes(module: Module, run: Run) -> float:
     return float(_main_memory(i.shape) + sum(map(_main_memory, operands)))
 
 
-def _first(shape: str) -> int:
-    dtype, dims, layout = hlo.arrays(shape)[0]
-    return 0 if re.search(r"S\([1-9]", layout) else hlo.array_bytes(dtype, dims)
-
-
 def _slice_bytes(i: Instruction, source: str) -> float:
     """Bytes written and read by taking a slice."""
     at = 1 if i.opcode == "slice-start" else 0  # ((source), destination, context)
-    dtype, dims, layout = hlo.arrays(i.shape)[at]
-    size = hlo.array_bytes(dtype, dims)
-    read = size if _main_memory(source) else 0
-    return read + (0 if re.search(r"S\([1-9]", layout) else size)
+    made = hlo.arrays(i.shape)[at]
+    read = hlo.array_bytes(*made[:2]) if _main_memory(source) else 0
+    return read + _here(made)
 
 
 def _fusion_bytes(module: Module, i: Instruction, operands: list[str]) -> float:

@@ -38,8 +38,13 @@ def contract(
 
 def spec_of(x: Any) -> tuple[Any, ...]:
     """The mesh axes that each axis of an array is explicitly sharded over, or None."""
-    spec = jax.typeof(x).sharding.spec
-    return (*spec, *[None] * (x.ndim - len(spec)))
+    return padded(jax.typeof(x).sharding.spec, x.ndim)
+
+
+def padded(spec: Iterable[Any], ndim: int) -> tuple[Any, ...]:
+    """An entry for each of `ndim` axes: those that a PartitionSpec leaves out are None."""
+    entries = tuple(spec)
+    return entries + (None,) * (ndim - len(entries))
 
 
 def explicit(x: Any, spec: Sequence[Any]) -> NamedSharding | None:

@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lorapro_jax._batch import Group, groups
 from lorapro_jax._layouts import Layout, find_pairs, flatten, kernel_spec
 from lorapro_jax._paths import path_str
+from lorapro_jax._sharding import padded
 
 Kernels = Callable[[str], PartitionSpec | None]
 
@@ -92,10 +93,10 @@ def _mesh(paths: Sequence[str], leaves: Sequence[Any]) -> Any:
 def _moment_spec(group: Group, leaves: Sequence[Any], kernels: Kernels | None) -> tuple[Any, ...]:
     """How a group's moments, (pairs or *batch, *m, *n), are sharded."""
     pair = group.pairs[0]
-    a_spec, b_spec = (_padded(leaves[i].sharding.spec, leaves[i].ndim) for i in (pair.a, pair.b))
+    a_spec, b_spec = (padded(leaves[i].sharding.spec, leaves[i].ndim) for i in (pair.a, pair.b))
     given = [kernels(pair.path) if kernels else None for pair in group.pairs]
     chosen = given[0]
-    if chosen is None and given.count(None) == len(given):
+    if given.count(None) == len(given):
         return kernel_spec(pair, a_spec, b_spec)
     axes = len(group.m) + len(group.n) + (0 if group.stacked else len(group.batch))
     if chosen is None or any(spec != chosen for spec in given) or len(chosen) > axes:
@@ -104,11 +105,6 @@ def _moment_spec(group: Group, leaves: Sequence[Any], kernels: Kernels | None) -
             f"moments are one array; they need one spec, of {axes} axes at most"
         )
     return (None, *chosen) if group.stacked else tuple(chosen)
-
-
-def _padded(spec: Iterable[Any], ndim: int) -> tuple[Any, ...]:
-    entries = tuple(spec)
-    return entries + (None,) * (ndim - len(entries))
 
 
 def _ends(path: str) -> Iterator[str]:

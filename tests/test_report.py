@@ -171,3 +171,15 @@ def test_the_readmes_pod_table_is_made_from_the_rows():
     assert made in (root / "README.md").read_text()
     efficient = next(line for line in made.splitlines() if "v5e:4x4 | efficient" in line)
     assert efficient.split(" | ")[2:4] == ["1.015", "20.97"]
+
+
+def test_a_pod_row_with_step_and_update_stands_in_both_tables():
+    sizes = dict.fromkeys(["frozen_bytes", "trained_bytes", "state_bytes", "temporary_bytes"], 1e9)
+    costs = {"flops": 4e12, "memory_traffic_bytes": 4e9, "sent_bytes": 4e9}
+    row = {
+        "variant": "efficient", "config": {"model": "m", "topology": "v5e:4x4"},
+        "total_bytes": 4e9, **sizes, **costs, "update": {k: v / 100 for k, v in costs.items()},
+    }  # fmt: skip
+    made = tables.pod_tables([row], "m")
+    assert "| v5e:4x4 | efficient | 2 | 1,000 | 1 | 4 | 4 | 4 | 4 |" in made
+    assert made.count("(1.0000%)") == 3

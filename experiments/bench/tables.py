@@ -50,10 +50,14 @@ def table(rows: list[dict]) -> str:
     """The measured columns, those before the settings, as Markdown."""
     names = [name for name in rows[0] if name != "bench"]
     names = names[: names.index("config")]
-    lines = ["| " + " | ".join(name.replace("_", " ") for name in names) + " |"]
-    lines.append("|" + "---|" * len(names))
-    lines += ["| " + " | ".join(cell(row[name]) for name in names) + " |" for row in rows]
-    return "\n".join(lines)
+    cells = [[cell(row[name]) for name in names] for row in rows]
+    return markdown([name.replace("_", " ") for name in names], cells)
+
+
+def markdown(names: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (names, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(names), *lines[1:]])
 
 
 def cell(value) -> str:
@@ -76,36 +80,34 @@ def where(row: dict) -> str:
 
 def pod_tables(rows: list[dict], model: str = "llama3-8b") -> str:
     """What a chip holds and does in a whole step, and in the update alone with its share."""
-    step, update = {}, {}
+    step, update = {}, {}  # a row has the one, the other, or both
     for row in rows:
         if row["config"]["model"] == model and row["variant"] != "sgd":
             key = row["config"]["topology"], row["variant"]
-            (update if "update" in row else step)[key] = row
-    head = "base + factors GB|state MB|temporaries GB|total GB|TFLOP|memory traffic GB|sent GB"
-    lines = ["One whole step, per chip:", "", *_header(["slice", "mode", *head.split("|")])]
-    for key in sorted(step):
-        row = step[key]
+            if "flops" in row:
+                step[key] = row
+            if "update" in row:
+                update[key] = row["update"]
+    whole = []
+    for key, row in sorted(step.items()):
         parts = [(row["frozen_bytes"] + row["trained_bytes"]) / 1e9, row["state_bytes"] / 1e6]
         parts += [row[k] / 1e9 for k in ("temporary_bytes", "total_bytes")]
         parts += [row["flops"] / 1e12, row["memory_traffic_bytes"] / 1e9, row["sent_bytes"] / 1e9]
-        lines.append(_line([*key, *(f"{value:,.4g}" for value in parts)]))
-    head = ["slice", "mode", "MFLOP", "memory traffic MB", "sent MB"]
-    lines += ["", "The update alone, per chip, and its share of that step:", "", *_header(head)]
-    for key in sorted(update.keys() & step.keys()):
-        shares = (
-            f"{update[key]['update'][k] / 1e6:,.4g} ({update[key]['update'][k] / step[key][k]:.4%})"
-            for k in ("flops", "memory_traffic_bytes", "sent_bytes")
-        )
-        lines.append(_line([*key, *shares]))
-    return "\n".join(lines)
-
-
-def _header(names: list[str]) -> list[str]:
-    return [_line(names), "|" + "---|" * len(names)]
-
-
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+        whole.append([*key, *(f"{value:,.4g}" for value in parts)])
+    alone = [
+        [*key, *(f"{update[key][k] / 1e6:,.4g} ({update[key][k] / step[key][k]:.4%})"
+                 for k in ("flops", "memory_traffic_bytes", "sent_bytes"))]
+        for key in sorted(update.keys() & step.keys())
+    ]  # fmt: skip
+    held = ["base + factors GB", "state MB", "temporaries GB", "total GB"]
+    done = ["TFLOP", "memory traffic GB", "sent GB"]
+    parts = [
+        "One whole step, per chip:",
+        markdown(["slice", "mode", *held, *done], whole),
+        "The update alone, per chip, and its share of that step:",
+        markdown(["slice", "mode", "MFLOP", "memory traffic MB", "sent MB"], alone),
+    ]
+    return "\n\n".join(parts)
 
 
 def main(command: Tables) -> None:

@@ -1,6 +1,6 @@
 """Timing by turns: variants of one computation in one process, compared within each round.
 
-These are shared machines whose speed drifts. Each round calls every variant once, forwards or
+These are shared machines whose speed drifts. Each round takes every variant once, forwards or
 backwards in turn; a ratio is the median over the rounds of the ratio to the reference variant in
 the same round, which a drifting machine disturbs least. Each turn is two calls of which the second
 is timed: the first finds the caches full of another variant's arrays, and the cores busy with its
