@@ -39,6 +39,15 @@ class Problem(NamedTuple):
     s: Array  # (*batch,)
 
 
+class Adam(NamedTuple):
+    """The numbers of Adam."""
+
+    b1: Any
+    b2: Any
+    eps: Any
+    mu_dtype: Any = None  # of the first moment; None: float32 or better
+
+
 class Group(NamedTuple):
     """Pairs that are solved as one batch: one with batch axes of its own, or several without."""
 

@@ -6,36 +6,17 @@ first of them (scanned layers), unless the type of its factors says that this ax
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
 from jaxtyping import Array, Int
 
 from lorapro_jax import _solve
-from lorapro_jax._batch import (
-    Group,
-    Problem,
-    Scale,
-    aligned,
-    first_steps,
-    groups,
-    over_batch,
-    problem,
-    steps,
-    unstacked,
-)
-from lorapro_jax._layouts import (
-    Pair,
-    check_leaves,
-    factor_indices,
-    flatten,
-    kernel_spec,
-    write,
-)
+from lorapro_jax._batch import Adam, Group, Problem, first_steps, over_batch, steps
+from lorapro_jax._layouts import kernel_spec
+from lorapro_jax._pairwise import Rule
 from lorapro_jax._sharding import explicit, spec_of
 
 
@@ -53,65 +34,22 @@ class FullState(NamedTuple):
     rest: Any  # plain Adam's state for the leaves in no pair
 
 
-def full_mode(
-    projection: optax.GradientTransformationExtraArgs,
-    adam: optax.GradientTransformation,
-    find: Callable[[list[str], list[Any]], tuple[Pair, ...]],
-    scale: Scale,
-    betas: tuple[Any, Any, Any],
-    mu_dtype: Any,
-    x: str,
-    damping: float | Array,
-) -> optax.GradientTransformationExtraArgs:
-    """Algorithm 2: `find` tells the pairs, `adam` takes the other leaves."""
+def full_rule(adam: Adam, x: str, damping: float | Array) -> Rule:
+    """The rule of full mode."""
 
-    def pairs_of(tree):
-        paths, leaves, treedef = flatten(tree)
-        return paths, leaves, treedef, find(paths, leaves)
+    def init(group: Group, leaves: Sequence[Any]) -> tuple[Array, Array]:
+        moment = functools.partial(_zero_moment, group, leaves)
+        return moment(adam.mu_dtype), moment(None)
 
-    def in_no_pair(tree):
-        _, leaves, treedef, pairs = pairs_of(tree)
-        inside = factor_indices(pairs)
-        return jax.tree.unflatten(treedef, [i not in inside for i in range(len(leaves))])
+    def update(p: Problem, group: Group, moments: tuple, count: Array):
+        spec, (da, db) = first_steps(p, group, damping, x)
+        mu, nu, h_a, h_b = _adam(p, group, da, db, *moments, count, adam)
+        return steps(p._replace(h_a=h_a, h_b=h_b), group, spec, x), (mu, nu)
 
-    rest = optax.masked(adam, in_no_pair)
-
-    def init(params):
-        projection.init(params)
-        _, leaves, _, pairs = pairs_of(params)
-        count = jnp.zeros((), jnp.int32)
-        if not leaves:  # optax.tree.map_params' placeholder: here a leaf stands for any subtree
-            return FullState(count, count, count, rest.init(params))
-        found = groups(pairs, leaves).items()
-        mu = {name: _zero_moment(group, leaves, mu_dtype) for name, group in found}
-        nu = {name: _zero_moment(group, leaves, None) for name, group in found}
-        return FullState(count, mu, nu, rest.init(params))
-
-    def update(updates, state, params=None, **extra_args):
-        del extra_args
-        paths, leaves, treedef, pairs = pairs_of(updates)
-        if not leaves:  # a part of optax.partition that got nothing
-            return updates, state
-        check_leaves(paths, leaves)
-        values = aligned(paths, leaves, params)
-        others, rest_state = rest.update(updates, state.rest)
-        new = jax.tree.leaves(others)
-        count = jnp.asarray(optax.safe_increment(state.count))
-        mu, nu = {}, {}
-        for name, group in groups(pairs, values).items():
-            p = problem(group, values, leaves, scale)
-            spec, (da, db) = first_steps(p, group, damping, x)
-            moments = state.mu[name], state.nu[name]
-            mu[name], nu[name], h_a, h_b = _adam(p, group, da, db, *moments, count, betas)
-            taken = steps(p._replace(h_a=h_a, h_b=h_b), group, spec, x)
-            for pair, (da, db) in zip(group.pairs, unstacked(taken, group), strict=True):
-                write(pair, da, db, new)
-        return jax.tree.unflatten(treedef, new), FullState(count, mu, nu, rest_state)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return Rule(FullState, init, update)
 
 
-def _zero_moment(group: Group, leaves: list[Any], dtype: Any) -> Array:
+def _zero_moment(group: Group, leaves: Sequence[Any], dtype: Any) -> Array:
     """Zeros of the group's kernels in `dtype` or float32 and better, sharded as they would be."""
     shape = *group.batch, *group.m, *group.n
     pair = group.pairs[0]
@@ -128,10 +66,10 @@ def _adam(
     mu: Array,
     nu: Array,
     count: Array,
-    betas: tuple[Any, Any, Any],
+    adam: Adam,
 ) -> tuple[Array, Array, Array, Array]:
     """A group's new moments, and the factor gradients that Adam's direction would cause."""
-    b1, b2, eps = betas
+    b1, b2, eps, _ = adam
     correction_1, correction_2 = (jnp.asarray(1 - decay**count, p.a.dtype) for decay in (b1, b2))
     project, equivalent = (
         over_batch(f, group) for f in (_solve.project, _solve.equivalent_gradient)

@@ -1,20 +1,23 @@
 """LoRA-Pro as optax transformations: the projection alone, and Adam on the equivalent gradient."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from lorapro_jax import _solve
-from lorapro_jax._batch import Scale, aligned, first_steps, groups, problem, unstacked
+from lorapro_jax._batch import Adam, Scale, aligned, first_steps, groups, problem, unstacked
 from lorapro_jax._checks import check_between, check_one_of, check_scale
-from lorapro_jax._full import full_mode
-from lorapro_jax._layouts import Layout, check_leaves, factor_indices, find_pairs, flatten, write
+from lorapro_jax._efficient import efficient_rule
+from lorapro_jax._factored import factored_rule
+from lorapro_jax._full import full_rule
+from lorapro_jax._layouts import Layout, check_leaves, find_pairs, flatten, write
+from lorapro_jax._pairwise import Rule, Taken, pairwise
 
-MODES = ("full", "efficient")
+MODES = ("full", "factored", "efficient")
 
 
 def lorapro(
@@ -94,12 +97,12 @@ def _wide_zeros(x: Any) -> Array:
     return jnp.zeros_like(x, dtype=jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _adam(b1, b2, eps, mu_dtype) -> optax.GradientTransformation:
+def _adam(adam: Adam) -> optax.GradientTransformation:
     """optax's Adam with moments in float32 or better, whatever the dtype of the gradients.
 
     A bf16 second moment never decays: 0.999 v rounds back to v.
     """
-    inner = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)
+    inner = optax.scale_by_adam(b1=adam.b1, b2=adam.b2, eps=adam.eps, mu_dtype=adam.mu_dtype)
 
     def init(params):
         return inner.init(jax.tree.map(_wide_zeros, params))
@@ -161,51 +164,28 @@ def scale_by_lorapro_adam(
     References:
       Wang et al., LoRA-Pro, arXiv:2407.18242: Algorithm 2 (full), version 2 (efficient).
     """
-    check_one_of("mode", mode, MODES)
     check_between("b1", b1, 0.0, 1.0)
     check_between("b2", b2, 0.0, 1.0)
     check_between("eps", eps, 0.0, float("inf"))
-    projection = lorapro(scale, x=x, damping=damping, layout=layout, require_pairs=require_pairs)
-    adam = _adam(b1, b2, eps, mu_dtype)
-    if mode == "efficient":
-        return optax.chain(projection, adam)
+    adam = Adam(b1, b2, eps, mu_dtype)
+    rule = _rule(mode, adam, scale, x, damping, keeps_factors=True)
     find = functools.partial(find_pairs, layout=layout, require_pairs=require_pairs)
-    return full_mode(projection, adam, find, scale, (b1, b2, eps), mu_dtype, x, damping)
+    return pairwise(rule, _adam(adam), find, scale)
 
 
-class DecayState(NamedTuple):
-    """State of `_decay_product`."""
-
-    count: Int[Array, ""]  # steps taken, for a scheduled learning rate
-
-
-def _decay_product(
-    learning_rate: optax.ScalarOrSchedule, weight_decay: float | Array, layout: Layout | None
-) -> optax.GradientTransformationExtraArgs:
-    """Decoupled decay of K - K0 by 1 - lr wd: each factor by its root, other leaves as in AdamW."""
-
-    def init(params):
-        del params
-        return DecayState(jnp.zeros((), jnp.int32))
-
-    def update(updates, state, params=None, **extra_args):
-        del extra_args
-        paths, leaves, treedef = flatten(updates)
-        values = aligned(paths, leaves, params)
-        inside = factor_indices(find_pairs(paths, leaves, layout, require_pairs=False))
-        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
-        product = jnp.minimum(jnp.asarray(rate * weight_decay), 1.0)
-        # sqrt(1 - lr wd) - 1, which float32 would lose to cancellation at lr wd = 1e-6
-        root = jnp.expm1(jnp.log1p(-product) / 2)
-        new = [
-            u + (jnp.where(i in inside, root, -product) * value).astype(u.dtype)
-            for i, (u, value) in enumerate(zip(leaves, values, strict=True))
-        ]
-        return jax.tree.unflatten(treedef, new), DecayState(
-            jnp.asarray(optax.safe_increment(state.count))
-        )
-
-    return optax.GradientTransformationExtraArgs(init, update)
+def _rule(
+    mode: str, adam: Adam, scale: Scale, x: str, damping: float | Array, *, keeps_factors: bool
+) -> Rule:
+    """The rule of a mode, its arguments checked."""
+    check_one_of("mode", mode, MODES)
+    check_scale(scale)
+    check_one_of("x", x, _solve.CHOICES)
+    check_between("damping", damping, 0.0, float("inf"))
+    if mode == "full":
+        return full_rule(adam, x, damping)
+    if mode == "efficient":
+        return efficient_rule(adam, x, damping)
+    return factored_rule(adam, x, damping, keeps_factors=keeps_factors)
 
 
 def lorapro_adamw(
@@ -220,6 +200,7 @@ def lorapro_adamw(
     x: str = "sylvester",
     damping: float | Array = 1e-6,
     mu_dtype: Any = None,
+    radius: float | Array | None = 0.2,
     layout: Layout | None = None,
     require_pairs: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
@@ -261,19 +242,13 @@ def lorapro_adamw(
     if not callable(learning_rate):
         check_between("learning_rate", learning_rate, 0.0, float("inf"))
     check_between("weight_decay", weight_decay, 0.0, float("inf"))
-    return optax.chain(
-        scale_by_lorapro_adam(
-            scale,
-            mode=mode,
-            b1=b1,
-            b2=b2,
-            eps=eps,
-            x=x,
-            damping=damping,
-            mu_dtype=mu_dtype,
-            layout=layout,
-            require_pairs=require_pairs,
-        ),
+    adam = Adam(b1, b2, eps, mu_dtype)
+    rule = _rule(mode, adam, scale, x, damping, keeps_factors=False)
+    rest = optax.chain(
+        _adam(adam),
+        optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
-        _decay_product(learning_rate, weight_decay, layout),
     )
+    find = functools.partial(find_pairs, layout=layout, require_pairs=require_pairs)
+    taken = Taken(learning_rate, weight_decay, radius)
+    return pairwise(rule, rest, find, scale, taken)

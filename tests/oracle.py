@@ -82,3 +82,22 @@ class Adam:
         self.v = self.b2 * self.v + (1 - self.b2) * g**2
         m_hat = self.m / (1 - self.b1**self.t)
         return m_hat / (np.sqrt(self.v / (1 - self.b2**self.t)) + self.eps)
+
+
+class Factored:
+    """Factored mode's direction on the full gradient, dense: T and 1 / sqrt(v^) as (m, n) arrays."""
+
+    def __init__(self, shape, b1=0.9, b2=0.999, eps=1e-8):
+        self.T, self.row, self.col = np.zeros(shape), np.zeros(shape[0]), np.zeros(shape[1])
+        self.b1, self.b2, self.eps, self.t = b1, b2, eps, 0
+
+    def __call__(self, a, b, G):
+        """The direction of the weight, a tangent vector at a b."""
+        self.t += 1
+        g = projection(a, b, G)
+        self.row = self.b2 * self.row + (1 - self.b2) * np.mean(g**2, axis=1)
+        self.col = self.b2 * self.col + (1 - self.b2) * np.mean(g**2, axis=0)
+        self.T = self.b1 * projection(a, b, self.T) + (1 - self.b1) * g
+        row, col = (x / (1 - self.b2**self.t) + self.eps**2 for x in (self.row, self.col))
+        v_hat = np.outer(row, col) / np.mean(row)
+        return projection(a, b, self.T / (1 - self.b1**self.t) / np.sqrt(v_hat))

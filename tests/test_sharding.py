@@ -189,7 +189,7 @@ def test_moments_are_sharded_as_the_kernel_where_factors_are_replicated(kind):
     with jax.set_mesh(on):
         state = jax.jit(tx.init, out_shardings=shardings)(params)
         new, state, _ = steps(tx, params, grads, state)
-    moment = state[0].nu["q"]
+    moment = state.nu["q"]
     assert moment.sharding.spec == P(None, "fsdp", "tensor")
     assert moment.addressable_shards[0].data.shape == (1, 4, 20)
     one = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), (params, grads))

@@ -1,0 +1,150 @@
+"""Factored mode: full mode's behaviour with LoRA-sized state, and no (m, n) array.
+
+The moments are those of the equivalent gradient g~ = s (da b + a db):
+
+    second   row means R and column means C of g~², as in Adafactor: v^ = R Cᵀ / mean(R)
+    first    T = s (n_a b + a n_b), a tangent vector of the pairs of rank r
+
+The direction T / sqrt(v^) = D_l T D_r is projected onto the tangent space by the closed form. When
+the factors move, T is projected onto the tangent space at the new ones. The closed form needs to
+know T by (s T bᵀ, s aᵀ T) only, as it knows a gradient. So T is carried over in that form, averaged
+with the gradients and solved for once.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from lorapro_jax import _solve
+from lorapro_jax._batch import Adam, Group, Problem, over_batch, stacked
+from lorapro_jax._pairwise import Rule
+from lorapro_jax._sharding import contract
+from lorapro_jax._solve import gram_left, gram_right
+
+
+class FactoredState(NamedTuple):
+    """State of factored mode, by groups of pairs as in `FullState`; float32 or better.
+
+    `lorapro_adamw` knows the step that is taken and carries the momentum over at the end of it: it
+    is (s T bᵀ, s aᵀ T) at the factors as they are now, and `a` and `b` are None. Otherwise it is
+    (n_a, n_b) at the factors of the last step, which `a` and `b` are.
+    """
+
+    count: Int[Array, ""]  # steps taken
+    mu_a: Any  # {group: (pairs or *batch, *m, r)}, the momentum's share of a
+    mu_b: Any  # {group: (pairs or *batch, r, *n)}, and of b
+    row: Any  # {group: (pairs or *batch, *m)}, row means of g~²
+    col: Any  # {group: (pairs or *batch, *n)}, column means
+    a: Any  # {group: (pairs or *batch, *m, r)}, or None
+    b: Any  # {group: (pairs or *batch, r, *n)}, or None
+    rest: Any  # plain Adam's state for the leaves in no pair
+
+
+class Fields(NamedTuple):
+    """What `FactoredState` has of one pair or group."""
+
+    mu_a: Array
+    mu_b: Array
+    row: Array
+    col: Array
+    a: Array | None
+    b: Array | None
+
+
+def factored_rule(adam: Adam, x: str, damping: float | Array, *, keeps_factors: bool) -> Rule:
+    """The rule of factored mode; `keeps_factors` if nobody is going to call its `carry`."""
+
+    def init(group: Group, leaves: Sequence[Any]) -> Fields:
+        a, b = (_solve.widen(y).astype(group.dtype) for y in stacked(group, leaves))
+        row, col = jnp.zeros_like(a[..., 0]), jnp.zeros_like(b.sum(len(group.batch)))
+        mu = (jnp.zeros_like(y, dtype=adam.mu_dtype) for y in (a, b))
+        return Fields(*mu, row, col, *((a, b) if keeps_factors else (None, None)))
+
+    def update(p: Problem, group: Group, fields: tuple, count: Array):
+        step = functools.partial(_step, adam=adam, x=x, damping=damping)
+        return over_batch(step, group, (0, 0, None))(p, Fields(*fields), count)
+
+    def carry(p: Problem, group: Group, fields: tuple, a: Array, b: Array) -> Fields:
+        old = Fields(*fields)
+        mu_a, mu_b = over_batch(carried, group)(old.mu_a, old.mu_b, p.a, p.b, a, b, p.s)
+        return old._replace(mu_a=_stored(mu_a, adam), mu_b=_stored(mu_b, adam))
+
+    return Rule(FactoredState, init, update, None if keeps_factors else carry)
+
+
+def _step(
+    p: Problem, old: Fields, count: Int[Array, ""], adam: Adam, x: str, damping: float | Array
+) -> tuple[tuple[Array, Array], Fields]:
+    """The direction of one pair and its new moments."""
+    b1, b2, eps, _ = adam
+    a, b, h_a, h_b, s = p
+    spec = _solve.spectrum(*_solve.grams(a, b), jnp.asarray(damping, a.dtype))
+    solve = functools.partial(_solved, a, b, s=s, spec=spec, x=x)
+    row, col = _solve.mean_squares(a, b, *solve(h_a, h_b), s)
+    row, col = _average(row, old.row, b2), _average(col, old.col, b2)
+    mu = old.mu_a.astype(a.dtype), old.mu_b.astype(a.dtype)
+    if old.a is not None:
+        mu = carried(*mu, old.a, old.b, a, b, s)
+    n_a, n_b = solve(_average(h_a, mu[0], b1), _average(h_b, mu[1], b1))
+    kept = (None, None) if old.a is None else (a, b)
+    left, right = _root_inverses(row, col, 1 - jnp.asarray(b2, row.dtype) ** count, eps)
+    unbiased = 1 / (1 - jnp.asarray(b1, row.dtype) ** count)
+    direction = solve(*_conditioned(n_a * unbiased, n_b * unbiased, a, b, left, right, s))
+    mu = (n_a, n_b) if old.a is None else (_stored(n_a, adam), _stored(n_b, adam))
+    return direction, Fields(*mu, row, col, *kept)
+
+
+def _stored(mu: Array, adam: Adam) -> Array:
+    return mu if adam.mu_dtype is None else mu.astype(adam.mu_dtype)
+
+
+def _solved(a, b, h_a, h_b, *, s, spec, x) -> tuple[Array, Array]:
+    found = _solve.coefficients(spec, _solve.shared_core(b, h_b), s, x)
+    return _solve.combine(a, b, h_a, h_b, found)
+
+
+def _average(new: Array, old: Array, decay: Any) -> Array:
+    return (decay * old + (1 - decay) * new).astype(old.dtype)
+
+
+def carried(
+    n_a: Float[Array, "*m r"],
+    n_b: Float[Array, "r *n"],
+    a: Float[Array, "*m r"],
+    b: Float[Array, "r *n"],
+    a_new: Float[Array, "*m r"],
+    b_new: Float[Array, "r *n"],
+    s: Float[Array, ""],
+) -> tuple[Float[Array, "*m r"], Float[Array, "r *n"]]:
+    """(s T b_newᵀ, s a_newᵀ T) of T = s (n_a b + a n_b)."""
+    s2 = s * s
+    right = gram_right(jnp.concatenate([b, n_b]), b_new) * s2
+    left = gram_left(a_new, jnp.concatenate([n_a, a], axis=-1)) * s2
+    return (
+        _dot(jnp.concatenate([n_a, a], axis=-1), right),
+        _dot(left, jnp.concatenate([b, n_b])),
+    )
+
+
+def _root_inverses(
+    row: Float[Array, "*m"], col: Float[Array, "*n"], correction: Array, eps: Any
+) -> tuple[Float[Array, "*m"], Float[Array, "*n"]]:
+    """D_l and D_r, diagonals with D_l D_rᵀ = 1 / sqrt(v^); eps² is added to both means of g~²."""
+    floor = jnp.asarray(eps, row.dtype) ** 2 + jnp.finfo(row.dtype).tiny
+    row, col = row / correction + floor, col / correction + floor
+    return jnp.sqrt(jnp.mean(row) / row), 1 / jnp.sqrt(col)
+
+
+def _conditioned(n_a, n_b, a, b, left, right, s) -> tuple[Array, Array]:
+    """(s U bᵀ, s aᵀ U) of U = D_l T D_r."""
+    L = jnp.concatenate([n_a, a], axis=-1) * left[..., None]
+    R = jnp.concatenate([b, n_b]) * right[None]
+    s2 = s * s
+    return _dot(L, gram_right(R, b) * s2), _dot(gram_left(a, L) * s2, R)
+
+
+def _dot(x: Array, y: Array) -> Array:
+    return contract(x, y, [x.ndim - 1], [0])

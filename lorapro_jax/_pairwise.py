@@ -1,0 +1,134 @@
+"""A rule for pairs as an optax transformation: what the modes of Adam on g~ have in common.
+
+The pairs are found, put into groups of one kind and shape, and widened; the rule turns a group's
+gradients and state into steps; leaves in no pair get plain Adam. A rule's state is a NamedTuple
+whose fields are dicts of arrays by group, between the count of steps and the rest's state.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from lorapro_jax._batch import (
+    Group,
+    Problem,
+    Scale,
+    aligned,
+    groups,
+    over_batch,
+    problem,
+    unstacked,
+)
+from lorapro_jax._layouts import Pair, check_leaves, factor_indices, flatten, write
+from lorapro_jax._trust import allowed
+
+Find = Callable[[list[str], list[Any]], tuple[Pair, ...]]
+
+
+class Rule(NamedTuple):
+    """One mode: its state by group, and a step."""
+
+    state: Any  # NamedTuple type: count, then fields by group, then rest
+    init: Callable[[Group, Sequence[Any]], tuple[Array, ...]]  # a group's fields, from all leaves
+    update: Callable[
+        [Problem, Group, tuple[Array, ...], Array], tuple[tuple[Array, Array], tuple[Array, ...]]
+    ]  # ((da, db), new fields) of a group; the last argument is the number of this step, from 1
+    carry: Callable[..., tuple[Array, ...]] | None = None
+    # (problem, group, new fields, new a, new b) -> the fields as they are at the new factors
+
+
+class Taken(NamedTuple):
+    """How a direction becomes the step that is added to the factors."""
+
+    learning_rate: optax.ScalarOrSchedule
+    weight_decay: float | Array
+    radius: float | Array | None  # of the trust region
+
+
+def pairwise(
+    rule: Rule,
+    adam: optax.GradientTransformation,
+    find: Find,
+    scale: Scale,
+    taken: Taken | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """The rule on all pairs that `find` tells, and `adam` on the other leaves.
+
+    The result is the step with its sign, or the direction where nothing is said on how it is taken.
+    """
+    fields = rule.state._fields[1:-1]
+
+    def in_no_pair(tree):
+        paths, leaves, treedef = flatten(tree)
+        inside = factor_indices(find(paths, leaves))
+        return jax.tree.unflatten(treedef, [i not in inside for i in range(len(leaves))])
+
+    rest = optax.masked(adam, in_no_pair)
+
+    def init(params):
+        paths, leaves, _ = flatten(params)
+        check_leaves(paths, leaves)
+        count = jnp.zeros((), jnp.int32)
+        if not leaves:  # optax.tree.map_params' placeholder: here a leaf stands for any subtree
+            return rule.state(count, *(count for _ in fields), rest.init(params))
+        found = groups(find(paths, leaves), leaves).items()
+        made = {name: rule.init(group, leaves) for name, group in found}
+        return rule.state(count, *by_field(made, len(fields)), rest.init(params))
+
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
+        paths, leaves, treedef = flatten(updates)
+        if not leaves:  # a part of optax.partition that got nothing
+            return updates, state
+        check_leaves(paths, leaves)
+        values = aligned(paths, leaves, params)
+        others, rest_state = rest.update(
+            updates, state.rest, jax.tree.unflatten(treedef, values)
+        )
+        new = jax.tree.leaves(others)
+        count = jnp.asarray(optax.safe_increment(state.count))
+        made = {}
+        for name, group in groups(find(paths, leaves), values).items():
+            p = problem(group, values, leaves, scale)
+            old = tuple(getattr(state, field)[name] for field in fields)
+            step, made[name] = rule.update(p, group, old, count)
+            if taken is not None:
+                step = _take(p, group, step, state.count, taken)
+                if rule.carry is not None:
+                    a, b = p.a + step[0], p.b + step[1]
+                    made[name] = rule.carry(p, group, made[name], a, b)
+            for pair, (da, db) in zip(group.pairs, unstacked(step, group), strict=True):
+                write(pair, da, db, new)
+        fresh = rule.state(count, *by_field(made, len(fields)), rest_state)
+        return jax.tree.unflatten(treedef, new), fresh
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def by_field(by_group: dict[str, tuple[Any, ...]], count: int) -> list[dict[str, Any]]:
+    """{group: fields} turned into one {group: array} for each field."""
+    return [{name: values[i] for name, values in by_group.items()} for i in range(count)]
+
+
+def _take(
+    p: Problem, group: Group, step: tuple[Array, Array], count: Array, taken: Taken
+) -> tuple[Array, Array]:
+    """What is added to the factors of a group: the step down the direction, and the decay."""
+    rate = taken.learning_rate(count) if callable(taken.learning_rate) else taken.learning_rate
+    rate = jnp.asarray(rate, p.a.dtype)
+    decays = not (isinstance(taken.weight_decay, int | float) and taken.weight_decay == 0)
+
+    def one(p: Problem, da: Array, db: Array) -> tuple[Array, Array]:
+        t = rate if taken.radius is None else allowed(p, da, db, rate, taken.radius)
+        da, db = -t * da, -t * db
+        if not decays:
+            return da, db
+        # sqrt(1 - lr wd) - 1, which float32 would lose to cancellation at lr wd = 1e-6
+        root = jnp.expm1(jnp.log1p(-jnp.minimum(rate * taken.weight_decay, 1.0)) / 2)
+        return da + root * p.a, db + root * p.b
+
+    return over_batch(one, group)(p, *step)
