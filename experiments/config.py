@@ -106,6 +106,11 @@ class RunConfig(Training):
         return f"{self.task}-{self.model}-{self.method}-lr{rate}-seed{self.seed}"
 
     @property
+    def shared(self) -> "RunConfig":
+        """The configuration without rates and seed: of all runs that can share their programs."""
+        return dataclasses.replace(self, learning_rate=1.0, head_learning_rate=None, seed=0)
+
+    @property
     def scale(self) -> float:
         """The s of K0 + s a b."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
