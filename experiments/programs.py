@@ -97,8 +97,13 @@ class Programs:
             _, grads, updates, _ = self._update(params, *rest)
             return measure(params, grads, updates)
 
+        def logits(params, frozen, batch):
+            model = nnx.merge(graph, params, frozen)
+            model.eval()
+            return model(batch["tokens"], batch["mask"], batch["segments"])
+
         self.step = Compiled(jax.jit(step, donate_argnums=(0, 1), out_shardings=replicated))
-        self.logits = Compiled(jax.jit(self._logits))
+        self.logits = Compiled(jax.jit(logits))
         self.diagnosis = (
             None if measure is None else Compiled(jax.jit(diagnosis, out_shardings=replicated))
         )
@@ -118,11 +123,6 @@ class Programs:
         updates, opt_state = tx.update(grads, opt_state, params)
         return loss, grads, updates, opt_state
 
-    def _logits(self, params, frozen, batch) -> jax.Array:
-        model = nnx.merge(self.graph, params, frozen)
-        model.eval()
-        return model(batch["tokens"], batch["mask"], batch["segments"])
-
 
 def of(run: RunConfig, steps: int, graph: nnx.GraphDef, devices: Devices) -> Programs:
     """The run's programs: those of an earlier run that it shares them with, or new ones."""
@@ -130,3 +130,8 @@ def of(run: RunConfig, steps: int, graph: nnx.GraphDef, devices: Devices) -> Pro
 
 
 _of = functools.lru_cache(maxsize=KEPT)(Programs)
+
+
+def clear() -> None:
+    """Lets go of all programs, so that the next run compiles its own."""
+    _of.cache_clear()

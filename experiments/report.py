@@ -99,9 +99,12 @@ def rich_sensitivity(made: sensitivity.Table) -> rich.table.Table:
         title=made.title, caption=made.note, box=rich.box.SIMPLE, padding=(0, 0, 0, 1)
     )
     for number, heading in enumerate(made.headings):
-        table.add_column(heading, justify="right" if number else "left")
+        justify = "right" if number else "left"
+        table.add_column(heading.replace(" ", "\n"), justify=justify, no_wrap=True)
     for cells in made.cells:
-        table.add_row(*(cell.replace(" ± ", "±") for cell in cells))
+        # What is long is broken here, lest rich cut the numbers.
+        short = [cell.replace(" ± ", "±").replace(" (", "\n(") for cell in cells]
+        table.add_row(*(cell.replace(" − ", "\n− ") for cell in short))
     return table
 
 
