@@ -186,14 +186,10 @@ def metric_by_rate(ax: Axes, rows: Sequence[Row]) -> None:
                 transform=ax.get_xaxis_transform())  # fmt: skip
     ax.set_xscale("log")
     ax.set_xlabel("peak learning rate")
-    ax.set_ylabel(rows[0].metric)
+    ax.set_ylabel(f"validation {rows[0].metric}, mean ± s.e.")
     seeds = sorted({row.n for row in rows})
-    lost_some = "; x: diverged" if any(row.diverged for row in rows) else ""
-    ax.set_title(
-        f"{rows[0].task}: validation {rows[0].metric}, mean ± s.e., "
-        f"n = {'-'.join(map(str, seeds))}{lost_some}",
-        fontsize=10,
-    )
+    crosses = "; x: diverged" if any(row.diverged for row in rows) else ""
+    ax.set_title(f"{rows[0].task}, n = {'-'.join(map(str, seeds))}{crosses}", fontsize=10)
     ax.grid(alpha=0.25)
 
 

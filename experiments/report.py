@@ -103,7 +103,7 @@ def rich_sensitivity(made: sensitivity.Table) -> rich.table.Table:
         table.add_column(heading.replace(" ", "\n"), justify=justify, no_wrap=True)
     for cells in made.cells:
         # What is long is broken here, lest rich cut the numbers.
-        short = [cell.replace(" ± ", "±").replace(" (", "\n(") for cell in cells]
+        short = [cell.replace(" ± 0.", "±.").replace(" (", "\n(") for cell in cells]
         table.add_row(*(cell.replace(" − ", "\n− ") for cell in short))
     return table
 
