@@ -21,8 +21,15 @@ EPOCHS = {"pydoc": 2}
 PAPER_EPOCHS = 1
 
 # Each method's own peak rate: one shared rate would suit some and leave the others untrained. Full
-# mode's is near full fine-tuning's; the factors of the other two want ten to twenty times as much.
-RATES = {"full": 1e-4, "lora": 2e-3, "lorapro-full": 2e-4, "lorapro-efficient": 2e-3}
+# and factored mode's is near full fine-tuning's; the factors of the other two want ten to twenty
+# times as much.
+RATES = {
+    "full": 1e-4,
+    "lora": 2e-3,
+    "lorapro-full": 2e-4,
+    "lorapro-factored": 2e-4,
+    "lorapro-efficient": 2e-3,
+}
 
 
 def one_of(what: str, name: str, known: Iterable[str]) -> str:
@@ -129,7 +136,7 @@ class Command(Training):
         "lorapro-full",
         "lorapro-efficient",
     )
-    """Any of full, lora, lorapro-full, lorapro-efficient."""
+    """Any of full, lora, lorapro-full, lorapro-factored, lorapro-efficient."""
     learning_rates: Annotated[tuple[float, ...] | None, _list_of(float, "RATE,RATE,...")] = None
     """Peak learning rates; every method is run with each. None: each method's own."""
     seeds: Annotated[tuple[int, ...], _list_of(int, "N,N,...")] = (0,)

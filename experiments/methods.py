@@ -51,6 +51,7 @@ METHODS: dict[str, Method] = {
     "full": Method(False, _adamw),
     "lora": Method(True, _adamw),
     "lorapro-full": Method(True, functools.partial(_lorapro, mode="full")),
+    "lorapro-factored": Method(True, functools.partial(_lorapro, mode="factored")),
     "lorapro-efficient": Method(True, functools.partial(_lorapro, mode="efficient")),
 }
 
