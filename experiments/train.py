@@ -135,6 +135,7 @@ class _Loop:
         self.setup, self.history, self.observe = setup, history, observe
         self.programs = setup.programs
         self.pending: collections.deque[jax.Array] = collections.deque()
+        history.seconds.setdefault("compile", 0.0)  # an earlier run may have made every program
         self.clock = Clock(history.seconds, "train")
 
     def program(self, compiled: Compiled, batch, args: tuple) -> Any:
