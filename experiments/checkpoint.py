@@ -3,7 +3,7 @@
     config.json        the run's configuration, written first: the folder belongs to it alone
     checkpoints/<step> Orbax: trainable parameters and optimizer state; JSON: position in the data,
                        losses, evaluations and seconds so far
-    final.safetensors  the trained parameters
+    final.safetensors  the trained parameters; none of a run that diverged
     result.json        the result, written last: a folder that has it is complete
 
 The frozen base is not saved: the model's package and the seed give it back. Nor is a random key:
@@ -202,10 +202,14 @@ def read_result(folder: pathlib.Path) -> dict | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def finish(folder: pathlib.Path, parameters: dict[str, Any], result: dict) -> None:
-    """Writes the parameters, then the result, then removes the checkpoints, no longer needed."""
-    data = safetensors.numpy.save(parameters)
-    write_atomic(folder / FINAL, data, "the trained parameters")
+def finish(folder: pathlib.Path, parameters: dict[str, Any] | None, result: dict) -> None:
+    """Writes the parameters, then the result, then removes the checkpoints, no longer needed.
+
+    A run that diverged has no parameters.
+    """
+    if parameters is not None:
+        data = safetensors.numpy.save(parameters)
+        write_atomic(folder / FINAL, data, "the trained parameters")
     write_json(folder / RESULT, result, "the run's result")
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 

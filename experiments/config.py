@@ -21,8 +21,15 @@ EPOCHS = {"pydoc": 2}
 PAPER_EPOCHS = 1
 
 # Each method's own peak rate: one shared rate would suit some and leave the others untrained. Full
-# mode's is near full fine-tuning's; the factors of the other two want ten to twenty times as much.
-RATES = {"full": 1e-4, "lora": 2e-3, "lorapro-full": 2e-4, "lorapro-efficient": 2e-3}
+# and factored mode's is near full fine-tuning's; the factors of the other two want ten to twenty
+# times as much.
+RATES = {
+    "full": 1e-4,
+    "lora": 2e-3,
+    "lorapro-full": 2e-4,
+    "lorapro-factored": 2e-4,
+    "lorapro-efficient": 2e-3,
+}
 
 
 def one_of(what: str, name: str, known: Iterable[str]) -> str:
@@ -106,6 +113,11 @@ class RunConfig(Training):
         return f"{self.task}-{self.model}-{self.method}-lr{rate}-seed{self.seed}"
 
     @property
+    def shared(self) -> "RunConfig":
+        """The configuration without rates and seed: of all runs that can share their programs."""
+        return dataclasses.replace(self, learning_rate=1.0, head_learning_rate=None, seed=0)
+
+    @property
     def scale(self) -> float:
         """The s of K0 + s a b."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
@@ -124,7 +136,7 @@ class Command(Training):
         "lorapro-full",
         "lorapro-efficient",
     )
-    """Any of full, lora, lorapro-full, lorapro-efficient."""
+    """Any of full, lora, lorapro-full, lorapro-factored, lorapro-efficient."""
     learning_rates: Annotated[tuple[float, ...] | None, _list_of(float, "RATE,RATE,...")] = None
     """Peak learning rates; every method is run with each. None: each method's own."""
     seeds: Annotated[tuple[int, ...], _list_of(int, "N,N,...")] = (0,)

@@ -2,8 +2,9 @@
 
 Every run, a method with a learning rate and a seed, has a folder under --out. A run that was killed
 goes on from its last checkpoint and ends with the same parameters bit for bit; one that is complete
-is only reported. Several processes, each with its devices, share every batch of a run when each is
-started with --distributed and either a cluster that jax.distributed knows, or its own id:
+or has diverged is only reported. Runs that differ in rates and seed only share their compiled
+programs. Several processes, each with its devices, share every batch of a run when each is started
+with --distributed and either a cluster that jax.distributed knows, or its own id:
 
     python -m experiments.finetune --distributed --coordinator HOST:PORT --num-processes 2 \\
         --process-id 0
@@ -33,6 +34,7 @@ from experiments import (
     prepare,
     progress,
     report,
+    sensitivity,
     train,
 )
 from experiments.config import Command, RunConfig
@@ -43,7 +45,7 @@ CURVE_POINTS = 200  # of the loss curve in a result
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status, 1 if a run could not be finished."""
+    """Runs the command line; returns the exit status, 1 if a run diverged."""
     command = tyro.cli(
         Command,
         args=argv,
@@ -75,21 +77,31 @@ def _console() -> rich.console.Console:
 def compare(command: Command, console: rich.console.Console) -> int:
     """Makes every run of the command, then the table and the plots; returns how many diverged."""
     grid, devices = checked_runs(command), hosts.devices(command)
-    results, failed = [], 0
+    results = []
     for number, run in enumerate(grid, 1):
         title = f"[{number}/{len(grid)}] {run.folder_name}"
-        try:
-            results.append(run_or_read(run, command, devices, console, title))
-        except FloatingPointError as error:
-            failed += 1
-            print(f"error: {run.folder_name} stopped: {error}", file=sys.stderr)
-    if results:
-        rows = summarise(results)
-        made = hosts.once(lambda: [checkpoint.collect(command.out), *plots.draw(rows, command.out)])
-        console.print(report.rich_table(rows))
-        for path in made:
-            console.print(f"wrote {path}", highlight=False, soft_wrap=True)
-    return failed
+        results.append(run_or_read(run, command, devices, console, title))
+        if "diverged" in results[-1]:
+            print(divergence(results[-1], command.out / run.folder_name), file=sys.stderr)
+    rows = summarise(results)
+    made = hosts.once(
+        lambda: [checkpoint.collect(command.out), *plots.draw(rows, command.out).values()]
+    )
+    console.print(report.rich_table(rows))
+    for table in sensitivity.tables(rows):
+        console.print(report.rich_sensitivity(table))
+    for path in made:
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    return sum("diverged" in result for result in results)
+
+
+def divergence(result: dict[str, Any], folder: pathlib.Path) -> str:
+    """What happened to a run that diverged, and what to do."""
+    return (
+        f"error: {folder.name} diverged: {result['reason']}; try lower --learning-rates, a longer "
+        "--warmup-ratio or a smaller --clip-norm. Its result says that it diverged, and the run is "
+        f"not made again: for that, delete {folder}"
+    )
 
 
 def checked_runs(command: Command) -> list[RunConfig]:
@@ -118,7 +130,8 @@ def run_or_read(
             return checkpoint.read_result(folder)
 
         if (result := hosts.once(opened)) is not None:
-            console.print(f"{title}: complete, nothing to do ({folder})", soft_wrap=True)
+            ended = "diverged" if "diverged" in result else "complete"
+            console.print(f"{title}: {ended}, nothing to do ({folder})", soft_wrap=True)
             return result
         hosts.can_go_on_from(f"the last checkpoint of {folder}")
         return train_run(run, command, devices, folder, console, title)
@@ -132,37 +145,41 @@ def train_run(
     console: rich.console.Console,
     title: str,
 ) -> dict[str, Any]:
-    """Trains one run and leaves its folder complete."""
+    """Trains one run and leaves its folder complete, also if it diverges."""
     loaded = prepare.load_data(run, command.data_dir)
     setup, params = prepare.build(run, loaded, devices)
     sizes = sizes_of(setup, params)
-    saved = checkpoint.Checkpoints(folder)
+    saved, diverged = checkpoint.Checkpoints(folder), None
     with progress.shown(console, title, len(setup.batches), run.batch_size) as observe:
-        params, history = train.train(
-            setup,
-            params,
-            saved,
-            checkpoint_every=command.checkpoint_every,
-            diagnose_every=command.diagnose_every,
-            observe=observe,
-        )
+        try:
+            params, history = train.train(
+                setup,
+                params,
+                saved,
+                checkpoint_every=command.checkpoint_every,
+                diagnose_every=command.diagnose_every,
+                observe=observe,
+            )
+        except train.DivergedError as error:
+            params, history, diverged = None, error.history, error
     saved.close()
 
     def finished() -> dict[str, Any]:
-        result = summary(run, loaded, history) | sizes | peak_memory()
+        result = summary(run, loaded, history, diverged) | sizes | peak_memory()
         result |= {"devices": devices.count, "provenance": provenance()}
-        checkpoint.finish(folder, named_arrays(params), result)
+        checkpoint.finish(folder, None if params is None else named_arrays(params), result)
         return result
 
     result = hosts.once(finished)
-    scores = ", ".join(f"{k} {v:.4f}" for k, v in result["final"].items())
-    console.print(f"{title}: {scores}", highlight=False, soft_wrap=True)
+    if diverged is None:
+        scores = ", ".join(f"{k} {v:.4f}" for k, v in result["final"].items())
+        console.print(f"{title}: {scores}", highlight=False, soft_wrap=True)
     return result
 
 
 def sizes_of(setup: train.Setup, params: nnx.State) -> dict[str, int]:
     """Parameters and bytes of what trains, of the optimizer's state and of what is frozen."""
-    state = jax.eval_shape(setup.tx.init, params)
+    state = jax.eval_shape(setup.programs.init, params)
     return {
         "trainable_parameters": sum(x.size for x in jax.tree.leaves(params)),
         "trainable_bytes": _bytes(params),
@@ -190,15 +207,24 @@ def peak_memory() -> dict[str, Any]:
     }
 
 
-def summary(run: RunConfig, loaded: prepare.Data, history: train.History) -> dict[str, Any]:
-    """What a finished run measured, ready for JSON."""
-    final = {k: v for k, v in history.evaluations[-1].items() if k != "step"}
-    examples = run.epochs * len(loaded.train)
+def summary(
+    run: RunConfig,
+    loaded: prepare.Data,
+    history: train.History,
+    diverged: train.DivergedError | None,
+) -> dict[str, Any]:
+    """What a run measured, ready for JSON; one that diverged has no final scores."""
+    if diverged is None:
+        end = {"final": {k: v for k, v in history.evaluations[-1].items() if k != "step"}}
+    else:
+        end = {"final": None, "diverged": diverged.step, "reason": str(diverged)}
+    steps_an_epoch = -(-len(loaded.train) // run.batch_size)
+    examples = len(history.losses) / steps_an_epoch * len(loaded.train)
     return {
         "kind": "finetune",
         "config": dataclasses.asdict(run),
         "metric": data.get(run.task).metric,
-        "final": final,
+        **end,
         "train_examples": len(loaded.train),
         "train_examples_available": loaded.available,
         "eval_examples": len(loaded.validation),
@@ -215,6 +241,8 @@ def summary(run: RunConfig, loaded: prepare.Data, history: train.History) -> dic
 
 def thinned(losses: list[float], points: int) -> list[list[float]]:
     """[last step, mean loss] of at most `points` equal stretches."""
+    if not losses:  # it diverged at once
+        return []
     stretches = np.array_split(np.arange(len(losses)), min(points, len(losses)))
     return [[int(s[-1]) + 1, float(np.mean([losses[i] for i in s]))] for s in stretches]
 

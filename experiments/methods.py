@@ -51,6 +51,7 @@ METHODS: dict[str, Method] = {
     "full": Method(False, _adamw),
     "lora": Method(True, _adamw),
     "lorapro-full": Method(True, functools.partial(_lorapro, mode="full")),
+    "lorapro-factored": Method(True, functools.partial(_lorapro, mode="factored")),
     "lorapro-efficient": Method(True, functools.partial(_lorapro, mode="efficient")),
 }
 
@@ -60,19 +61,40 @@ def get(name: str) -> Method:
     return METHODS[one_of("method", name, METHODS)]
 
 
-def schedule(peak: float, warmup_ratio: float, steps: int) -> optax.Schedule:
+class Peaks(NamedTuple):
+    """Peak learning rates: numbers, or traced in a program that serves every rate."""
+
+    method: jax.typing.ArrayLike  # of what the method's own rule trains
+    head: jax.typing.ArrayLike  # of the head beside adapters
+
+
+def peaks(run: RunConfig) -> Peaks:
+    """The run's own."""
+    return Peaks(run.learning_rate, run.head_learning_rate or run.learning_rate)
+
+
+def schedule(peak: jax.typing.ArrayLike, warmup_ratio: float, steps: int) -> optax.Schedule:
     """Linear from 0 to `peak` over the warm-up, then a cosine to 0 at the last of `steps`."""
     warmup = min(math.ceil(warmup_ratio * steps), steps - 1)
-    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps)
+    # optax.warmup_cosine_decay_schedule, which compares the peak with 0 and so takes no traced one.
+    parts = [
+        optax.linear_schedule(0.0, peak, warmup),
+        optax.cosine_decay_schedule(peak, steps - warmup),
+    ]
+    return optax.join_schedules(parts, [warmup])
 
 
-def optimizer(run: RunConfig, steps: int) -> optax.GradientTransformation:
-    """Global-norm clipping of the raw gradients, then the method's rule."""
-    method = get(run.method)
-    tx = method.optimizer(run, schedule(run.learning_rate, run.warmup_ratio, steps))
+def optimizer(
+    run: RunConfig, steps: int, peaks_of_run: Peaks | None = None
+) -> optax.GradientTransformation:
+    """Global-norm clipping of the raw gradients, then the method's rule.
+
+    `peaks_of_run` stand in for the run's own; the state's structure depends on neither.
+    """
+    method, peak = get(run.method), peaks_of_run or peaks(run)
+    tx = method.optimizer(run, schedule(peak.method, run.warmup_ratio, steps))
     if method.adapted:
-        peak = run.head_learning_rate or run.learning_rate
-        head_tx = _adamw(run, schedule(peak, run.warmup_ratio, steps))
+        head_tx = _adamw(run, schedule(peak.head, run.warmup_ratio, steps))
         tx = lp.freeze_base(tx, extra={HEAD: head_tx})
     return optax.chain(optax.clip_by_global_norm(run.clip_norm), tx) if run.clip_norm else tx
 

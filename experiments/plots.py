@@ -1,11 +1,12 @@
-"""Loss curves and a bar chart of the headline metric, from summarised results, as PNG files.
+"""Loss curves and the headline metric, by bars or by learning rate, from results, as PNG files.
 
-Colours are Okabe and Ito's, which the colour-blind can tell apart; line styles and hatches say the
-same a second time.
+Colours are Okabe and Ito's, which the colour-blind can tell apart; line styles, hatches and markers
+say the same a second time.
 """
 
 import pathlib
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -16,45 +17,76 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from experiments import sensitivity
 from experiments.summary import Row, best_rows
 
-# method -> (colour, line style, hatch)
+
+class Style(NamedTuple):
+    """How a method is drawn."""
+
+    colour: str
+    line: Any  # Matplotlib's line style
+    hatch: str
+    marker: str
+
+
 STYLES = {
-    "full": ("#444444", "-", ""),
-    "lora": ("#E69F00", "--", "//"),
-    "lorapro-full": ("#0072B2", "-", ".."),
-    "lorapro-efficient": ("#009E73", "-.", "xx"),
+    "full": Style("#444444", "-", "", "o"),
+    "lora": Style("#E69F00", "--", "//", "s"),
+    "lorapro-full": Style("#0072B2", "-", "..", "^"),
+    "lorapro-factored": Style("#D55E00", (0, (5, 1.5, 1, 1.5, 1, 1.5)), "oo", "D"),
+    "lorapro-efficient": Style("#009E73", "-.", "xx", "v"),
 }
 _LABELLED = 6  # bars of a panel up to which their values fit above them
-_OTHER = ("#CC79A7", ":", "++")
+_OTHER = Style("#CC79A7", ":", "++", "P")
 SMOOTHED_OVER = 10  # a point of a curve is the mean of this share of it: 1/10
 
 
-def draw(rows: Sequence[Row], folder: pathlib.Path, prefix: str = "") -> list[pathlib.Path]:
-    """Writes <prefix>loss.png and <prefix>metric.png into `folder`; one panel per task."""
-    return [
-        _figure(rows, loss_curves, folder / f"{prefix}loss.png"),
-        _figure(rows, metric_bars, folder / f"{prefix}metric.png"),
-    ]
+def draw(rows: Sequence[Row], folder: pathlib.Path, prefix: str = "") -> dict[str, pathlib.Path]:
+    """Writes <prefix>loss.png, and metric.png, rates.png or both, into `folder`.
+
+    Rows of a sweep over learning rates go into rates.png, the others into metric.png. Each has one
+    panel per task and settings. An earlier image that has no rows any more is removed.
+
+    Returns:
+        What an image shows -> its path.
+    """
+    swept = sensitivity.rows_of(sensitivity.sweeps(rows))
+    others = [row for row in rows if not any(row is other for other in swept)]
+    images = {
+        "training loss": (rows, loss_curves, "loss"),
+        "headline metric": (others, metric_bars, "metric"),
+        "headline metric by learning rate": (swept, metric_by_rate, "rates"),
+    }
+    made = {}
+    for what, (shown, panel, name) in images.items():
+        path = folder / f"{prefix}{name}.png"
+        if shown:
+            made[what] = _figure(shown, panel, path)
+        else:
+            path.unlink(missing_ok=True)
+    return made
 
 
 def _figure(rows: Sequence[Row], panel, path: pathlib.Path) -> pathlib.Path:
-    tasks = list(dict.fromkeys(row.task for row in rows))
+    panels: dict[tuple, list[Row]] = {}
+    for row in rows:
+        panels.setdefault((row.task, row.settings), []).append(row)
     figure, axes = plt.subplots(
         1,
-        len(tasks),
-        figsize=(max(4.2 * len(tasks), 6.4), 4.0),
+        len(panels),
+        figsize=(max(4.2 * len(panels), 6.4), 4.0),
         layout="constrained",
         squeeze=False,
     )
-    for ax, task in zip(axes[0], tasks, strict=True):
-        panel(ax, [row for row in rows if row.task == task])
+    for ax, shown in zip(axes[0], panels.values(), strict=True):
+        panel(ax, shown)
         ax.spines[["top", "right"]].set_visible(False)
     handles = {
         label: h for ax in axes[0] for h, label in zip(*ax.get_legend_handles_labels(), strict=True)
     }
     figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False
+        handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
@@ -67,11 +99,11 @@ def _figure(rows: Sequence[Row], panel, path: pathlib.Path) -> pathlib.Path:
 def loss_curves(ax: Axes, rows: Sequence[Row]) -> None:
     """Training loss by step: each method at its best rate, smoothed, the mean over the seeds."""
     for row in best_rows(rows):
-        colour, line, _ = STYLES.get(row.method, _OTHER)
+        style = STYLES.get(row.method, _OTHER)
         curves = [np.array(record["losses"]) for record in row.records]
         steps = curves[0][:, 0]
         losses = smoothed(np.mean([curve[:, 1] for curve in curves], axis=0))
-        ax.plot(steps, losses, line, color=colour, lw=1.8, label=row.method)
+        ax.plot(steps, losses, ls=style.line, color=style.colour, lw=1.8, label=row.method)
     rates = {row.learning_rate for row in rows}
     title = f"{rows[0].task}: training loss"
     ax.set_title(title + (", each method at its best rate" if len(rates) > 1 else ""), fontsize=10)
@@ -103,7 +135,11 @@ def metric_bars(ax: Axes, rows: Sequence[Row]) -> None:
         place = methods.index(row.method)
         if not single:
             place = rates.index(row.learning_rate) + width * (place - (len(methods) - 1) / 2)
-        colour, _, hatch = STYLES.get(row.method, _OTHER)
+        if row.diverged:
+            ax.text(place, 0.02, "diverged", rotation=90, ha="center",
+                    transform=ax.get_xaxis_transform())  # fmt: skip
+            continue
+        style = STYLES.get(row.method, _OTHER)
         first = row is next(r for r in rows if r.method == row.method)
         bar = ax.bar(
             place,
@@ -112,9 +148,9 @@ def metric_bars(ax: Axes, rows: Sequence[Row]) -> None:
             yerr=row.std["metric"] if row.n > 1 else None,
             capsize=3,
             ecolor="#000000",
-            color=colour,
+            color=style.colour,
             alpha=0.85,
-            hatch=hatch,
+            hatch=style.hatch,
             edgecolor="white",
             label=row.method if first else None,
         )
@@ -131,8 +167,37 @@ def metric_bars(ax: Axes, rows: Sequence[Row]) -> None:
     _cut_axis(ax, rows)
 
 
+def metric_by_rate(ax: Axes, rows: Sequence[Row]) -> None:
+    """The headline metric against the learning rate, a line per method, its standard error a band.
+
+    A cross at the bottom is a rate at which a seed diverged; the line is broken there.
+    """
+    for number, method in enumerate(dict.fromkeys(row.method for row in rows)):
+        style = STYLES.get(method, _OTHER)
+        mine = sorted((r for r in rows if r.method == method), key=lambda r: r.learning_rate)
+        rates = np.array([row.learning_rate for row in mine])
+        means = np.array([np.nan if row.diverged else row.mean["metric"] for row in mine])
+        errors = np.array([0.0 if row.diverged else row.error or 0.0 for row in mine])
+        ax.fill_between(rates, means - errors, means + errors, color=style.colour, alpha=0.15, lw=0)
+        ax.plot(rates, means, ls=style.line, color=style.colour, marker=style.marker, ms=5, lw=1.8,
+                label=method)  # fmt: skip
+        lost = rates[[row.diverged > 0 for row in mine]]
+        ax.plot(lost, np.full(len(lost), 0.03 + 0.04 * number), "x", color=style.colour, mew=2,
+                transform=ax.get_xaxis_transform())  # fmt: skip
+    ax.set_xscale("log")
+    ax.set_xlabel("peak learning rate")
+    ax.set_ylabel(f"validation {rows[0].metric}, mean ± s.e.")
+    seeds = sorted({row.n for row in rows})
+    crosses = "; x: diverged" if any(row.diverged for row in rows) else ""
+    ax.set_title(f"{rows[0].task}, n = {'-'.join(map(str, seeds))}{crosses}", fontsize=10)
+    ax.grid(alpha=0.25)
+
+
 def _cut_axis(ax: Axes, rows: Sequence[Row]) -> None:
     """Starts the axis a little under the lowest bar, and says so, where 0 would hide the gaps."""
+    rows = [row for row in rows if not row.diverged]
+    if not rows:
+        return
     lows = [row.mean["metric"] - row.std["metric"] for row in rows]
     highs = [row.mean["metric"] + row.std["metric"] for row in rows]
     low = min(lows) - max(0.25 * (max(highs) - min(lows)), 0.02)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments import data, methods, models, train
+from experiments import data, methods, models, programs, train
 from experiments.config import RunConfig
 from experiments.data.batching import BUCKETS
 from experiments.hosts import ONE, Devices
@@ -106,14 +106,12 @@ def build(run: RunConfig, loaded: Data, devices: Devices = ONE) -> tuple[train.S
     )
     eval_batch = -(-EVAL_BATCH // devices.count) * devices.count  # every device has as many rows
     setup = train.Setup(
-        graph=graph,
+        programs=programs.of(run, len(batches), graph, devices),
+        varied=devices.replicate(programs.varied(run)),
         frozen=devices.replicate(frozen),
-        tx=methods.optimizer(run, len(batches)),
-        key=jax.random.key(run.seed),
         batches=batches,
         evaluation=data.eval_batches(loaded.validation, eval_batch, **cut),
         epochs=run.epochs,
-        diagnose=methods.diagnosis(run),
         devices=devices,
     )
     return setup, params

@@ -1,7 +1,8 @@
 """Results to a table and plots: python -m experiments.report writes them into README.md.
 
 Reads experiments/results/*.jsonl, one line per run; groups the runs that differ in their seed only;
-gives mean ± sample standard deviation over n seeds, and the best rate of every method in bold.
+gives mean ± sample standard deviation over n seeds, and the best rate of every method in bold. A
+sweep over learning rates has tables of its own; where there are many rows, instead of its rows.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ import rich.box
 import rich.table
 import tyro
 
-from experiments import plots
+from experiments import plots, sensitivity
 from experiments.checkpoint import write_atomic
 from experiments.summary import SCORES, Row, best_rows, read, summarise
 
@@ -23,8 +24,13 @@ BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 _SHOWN = {"task", "model", "method", "learning_rate", "seed", "epochs", "train_examples"}
 
 
+LONG = 30  # rows; of a longer table, those that belong to a sweep are left to the JSON lines
+
+
 def spread(row: Row, name: str, digits: int = 4) -> str:
-    """Mean ± std; the mean alone for one seed."""
+    """Mean ± std; the mean alone for one seed; for a row that diverged, that in the headline."""
+    if row.diverged:
+        return f"diverged ({row.diverged} of {row.n})" if name == row.metric else "–"
     text = f"{row.mean[name]:.{digits}f}"
     return f"{text} ± {row.std[name]:.{digits}f}" if row.n > 1 else text
 
@@ -40,8 +46,10 @@ def _cells(row: Row, digits: int = 4) -> list[str]:
         f"{record['trainable_parameters']:,}",
         f"{record['optimizer_state_bytes'] / 1e6:.2f}",
         f"{record['step_memory_bytes'] / 1e6:.0f}",
-        f"{row.mean['examples_per_second']:.0f}",
-        f"{row.mean['wall_seconds']:.0f}",
+        *(
+            "–" if row.diverged else f"{row.mean[name]:.0f}"
+            for name in ("examples_per_second", "wall_seconds")
+        ),
     ]
 
 
@@ -85,6 +93,29 @@ def rich_table(rows: Sequence[Row]) -> rich.table.Table:
     return table
 
 
+def rich_sensitivity(made: sensitivity.Table) -> rich.table.Table:
+    """One of a sweep's tables for a terminal."""
+    table = rich.table.Table(
+        title=made.title, caption=made.note, box=rich.box.SIMPLE, padding=(0, 0, 0, 1)
+    )
+    for number, heading in enumerate(made.headings):
+        justify = "right" if number else "left"
+        table.add_column(heading.replace(" ", "\n"), justify=justify, no_wrap=True)
+    for cells in made.cells:
+        # What is long is broken here, lest rich cut the numbers.
+        short = [cell.replace(" ± 0.", "±.").replace(" (", "\n(") for cell in cells]
+        table.add_row(*(cell.replace(" − ", "\n− ") for cell in short))
+    return table
+
+
+def markdown_sensitivity(made: sensitivity.Table) -> str:
+    """One of a sweep's tables as Markdown."""
+    escaped = [[cell.replace("*", "\\*") for cell in cells] for cells in made.cells]
+    lines = ["| " + " | ".join(cells) + " |" for cells in (made.headings, *escaped)]
+    rule = "|---|" + "---:|" * (len(made.headings) - 1)
+    return f"**{made.title}.** {made.note}\n\n" + "\n".join([lines[0], rule, *lines[1:]])
+
+
 def markdown_table(rows: Sequence[Row]) -> str:
     """The rows as Markdown, the best rate's headline metric of every method in bold."""
     best = best_rows(rows)
@@ -99,21 +130,22 @@ def markdown_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def notes(rows: Sequence[Row]) -> str:
-    """What the table's numbers are of: data, epochs, machines, versions."""
+def notes(rows: Sequence[Row], listed: bool = True) -> str:
+    """What the numbers are of: data, epochs, machines, versions; `listed`: there is a table."""
     lines = []
     for task, model in sorted({(row.task, row.model) for row in rows}):
         mine = [r for row in rows if (row.task, row.model) == (task, model) for r in row.records]
         lines.append(f"- {task}, {model}: {'; '.join(_unique(map(_data, mine)))}.")
     records = [record for row in rows for record in row.records]
-    lines += [
+    about_table = [
         "- Bold: each method's learning rate with the highest headline metric (accuracy; "
         "Matthews where the task's own is that). It is chosen on the validation split that is "
         "reported, so it flatters every method alike.",
         "- ± is the sample standard deviation over n seeds. Step memory is that of the largest "
         "compiled step: parameters, optimizer state, batch and temporaries.",
-        f"- Measured on {'; '.join(_unique(map(_machine, records)))}.",
     ]
+    lines += about_table if listed else []
+    lines.append(f"- Measured on {'; '.join(_unique(map(_machine, records)))}.")
     if others := _other_differences(records):
         lines.append(f"- The rows also differ in {', '.join(others)}.")
     return "\n".join(lines)
@@ -174,11 +206,21 @@ def write(command: Report) -> list[pathlib.Path]:
     images = plots.draw(rows, command.results, prefix="finetune-")
     links = [
         f"![{alt}]({image.resolve().relative_to(command.readme.resolve().parent).as_posix()})"
-        for alt, image in zip(("training loss", "headline metric"), images, strict=True)
+        for alt, image in images.items()
     ]
-    section = "\n\n".join([markdown_table(rows), notes(rows), *links])
+    section = "\n\n".join([*text_of(rows), *links])
     write_atomic(command.readme, splice(text, section).encode(), "the report")
-    return [command.readme, *images]
+    return [command.readme, *images.values()]
+
+
+def text_of(rows: Sequence[Row]) -> list[str]:
+    """The tables and the notes: sweeps first, then the rows, but for a long list's swept ones."""
+    parts = [markdown_sensitivity(table) for table in sensitivity.tables(rows)]
+    swept = sensitivity.rows_of(sensitivity.sweeps(rows)) if len(rows) > LONG else []
+    listed = [row for row in rows if not any(row is other for other in swept)]
+    if listed:
+        parts.append(markdown_table(listed))
+    return [*parts, notes(rows, bool(listed))]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,6 +1,10 @@
-"""Results of runs, grouped: one row per configuration, mean and sample std over its seeds."""
+"""Results of runs, grouped: one row per configuration, mean and sample std over its seeds.
+
+A row of which a seed diverged has neither: the mean of the others would flatter it.
+"""
 
 import json
+import math
 import pathlib
 import statistics
 from collections.abc import Iterable, Sequence
@@ -16,11 +20,18 @@ class Row(NamedTuple):
     model: str
     method: str
     learning_rate: float
+    settings: str  # the rest of the configuration, as JSON
     metric: str  # the task's headline
     n: int
-    mean: dict[str, float]  # of the final scores, "metric" among them
-    std: dict[str, float]  # sample standard deviation; 0 for n = 1
+    diverged: int  # of the n
+    mean: dict[str, float]  # of the final scores, "metric" among them; empty if a seed diverged
+    std: dict[str, float]  # sample standard deviation; 0 for n = 1; empty if a seed diverged
     records: list[dict[str, Any]]
+
+    @property
+    def error(self) -> float | None:
+        """Standard error of the headline metric's mean; None for one seed."""
+        return self.std["metric"] / math.sqrt(self.n) if self.n > 1 else None
 
 
 def read(folder: pathlib.Path) -> list[dict[str, Any]]:
@@ -60,28 +71,42 @@ def summarise(records: Iterable[dict[str, Any]]) -> list[Row]:
 
 def _row(group: list[dict[str, Any]]) -> Row:
     config, metric = group[0]["config"], group[0]["metric"]
-    values = {name: [record["final"][name] for record in group] for name in SCORES}
-    values["metric"] = values[metric]
-    for name in ("examples_per_second", "wall_seconds"):
-        values[name] = [record[name] for record in group]
+    rest = {k: v for k, v in config.items() if k not in ("method", "learning_rate", "seed")}
+    diverged = sum("diverged" in record for record in group)
+    values = {} if diverged else _values(group, metric)
     return Row(
         config["task"],
         config["model"],
         config["method"],
         config["learning_rate"],
+        json.dumps(rest, sort_keys=True),
         metric,
         len(group),
+        diverged,
         {name: statistics.fmean(v) for name, v in values.items()},
         {name: statistics.stdev(v) if len(v) > 1 else 0.0 for name, v in values.items()},
         group,
     )
 
 
+def _values(group: list[dict[str, Any]], metric: str) -> dict[str, list[float]]:
+    values = {name: [record["final"][name] for record in group] for name in SCORES}
+    values["metric"] = values[metric]
+    for name in ("examples_per_second", "wall_seconds"):
+        values[name] = [record[name] for record in group]
+    return values
+
+
 def best_rows(rows: Sequence[Row]) -> list[Row]:
-    """Per task, model and method, the row with the highest headline metric."""
+    """Per task, settings and method, the row with the highest headline metric of its rates.
+
+    Rates that diverged do not count.
+    """
     best: dict[tuple, Row] = {}
     for row in rows:
-        key = (row.task, row.model, row.method)
+        if row.diverged:
+            continue
+        key = (row.task, row.settings, row.method)
         if key not in best or row.mean["metric"] > best[key].mean["metric"]:
             best[key] = row
     return list(best.values())

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ import optax
 import pytest
 import safetensors.numpy
 
-from experiments import config, finetune, methods, prepare, train
+from experiments import config, finetune, methods, prepare, programs, train
 from experiments.config import RATES, Command, RunConfig
 from experiments.data.batching import BUCKETS
 from experiments.methods import METHODS
@@ -192,14 +193,31 @@ def test_a_full_disk_stops_the_run_and_it_goes_on_afterwards(tmp_path, capsys, m
     assert (folder / "result.json").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(tmp_path, capsys):
-    flags = tiny(tmp_path, learning_rates="1e38", checkpoint_every=1, train_examples=32)
+def test_a_loss_that_is_not_finite_stops_the_run_and_its_result_says_so(tmp_path, capsys):
+    flags = tiny(tmp_path, learning_rates="1e-3,1e38", checkpoint_every=1, train_examples=32)
     assert finetune.main(flags) == 1
-    error = capsys.readouterr().err
-    assert "loss is nan at step 3 of 4" in error or "loss is inf at step 3 of 4" in error
-    assert "lower --learning-rates" in error
-    (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
-    assert not (folder / "result.json").exists()
+    shown = capsys.readouterr()
+    assert re.search(r"loss is (nan|inf) at step 3 of 4; try lower --learning-rates", shown.err)
+    assert "diverged (1 of 1)" in shown.out
+    folder = tmp_path / "pydoc-tiny-full-lr1e+38-seed0"
+    result = json.loads((folder / "result.json").read_text())
+    assert result["diverged"] == 3
+    assert result["final"] is None
+    assert len(result["losses"]) == result["steps"] == 2
+    assert not (folder / "final.safetensors").exists()
+    assert not (folder / "checkpoints").exists()
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_run_that_diverged_is_not_made_again_and_still_fails(tmp_path, capsys, monkeypatch):
+    flags = tiny(tmp_path, learning_rates="1e38", checkpoint_every=0, train_examples=32)
+    assert finetune.main(flags) == 1
+    first = capsys.readouterr().err
+    monkeypatch.setattr(train, "train", None)
+    assert finetune.main(flags) == 1
+    again = capsys.readouterr()
+    assert again.err == first
+    assert "diverged, nothing to do" in again.out
 
 
 @pytest.mark.parametrize(
@@ -287,7 +305,8 @@ def test_no_gradient_of_a_frozen_weight_is_computed(method):
     batch = setup.batches[0]
 
     def loss(params):
-        return train.loss_fn(params, setup, setup.frozen, batch, 0)
+        key = setup.varied.key
+        return programs.loss_fn(params, setup.programs.graph, setup.frozen, batch, 0, key)
 
     rows = batch["tokens"].size
     # A weight's gradient xᵀ g has the weight's shape and sums over the rows of the batch.
@@ -313,9 +332,8 @@ def test_clipping_comes_before_the_method():
 
 def _losses(run: RunConfig, numbers: list[int]) -> list[float]:
     setup, params = prepare.build(run, prepare.load_data(run, None))
-    loss = jax.jit(
-        lambda number: train.loss_fn(params, setup, setup.frozen, setup.batches[0], number)
-    )
+    rest = (params, setup.programs.graph, setup.frozen, setup.batches[0])
+    loss = jax.jit(lambda number: programs.loss_fn(*rest, number, setup.varied.key))
     return [float(loss(number)) for number in numbers]
 
 

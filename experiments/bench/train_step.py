@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import tyro
 
-from experiments import prepare, train
+from experiments import prepare
 from experiments.bench import timing
 from experiments.config import Command, runs
 from experiments.methods import METHODS
@@ -50,12 +50,12 @@ def stepper(method: str, settings: Settings) -> tuple[Callable[[], None], int]:
     """(one training step that keeps its own parameters and state, bytes of optimizer state)."""
     (run,) = runs(Command(model=settings.model, methods=(method,), train_examples=64))
     setup, params = prepare.build(run, prepare.load_data(run, None))
-    step, carry = train.make_step(setup), [params, setup.tx.init(params)]
+    step, carry = setup.programs.step.jitted, [params, setup.programs.init(params)]
     held = sum(x.nbytes for x in jax.tree.leaves(carry[1]) if x.ndim)
     inputs = batch(settings)
 
     def call() -> None:
-        params, state, loss = step(*carry, setup.frozen, inputs, np.int32(0))
+        params, state, loss = step(*carry, setup.frozen, inputs, np.int32(0), setup.varied)
         carry[:] = params, state
         jax.block_until_ready((carry, loss))
 
