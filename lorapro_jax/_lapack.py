@@ -1,9 +1,9 @@
 """Eigenvalues and singular values of batches of small matrices, in a way that cannot hang on a CPU.
 
-There jaxlib before 0.11.2 splits a large batch into tasks for XLA's thread pool and waits for them
-on a thread of that pool. Two such calls at once, for pairs of two shapes, wait for each other for
-ever on a machine of two cores; so do batched QR and Cholesky decompositions, which are therefore
-not used. Batches too small to be split do not, and run no slower.
+There jaxlib (0.10) splits a large batch into tasks for XLA's thread pool and waits for them on a
+thread of that pool. Two such calls at once, for pairs of two shapes, wait for each other for ever
+on a machine of two cores. Batches too small to be split do not, and run no slower. QR and Cholesky
+decompositions are split too, and were seen to hang.
 """
 
 import functools

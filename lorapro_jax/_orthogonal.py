@@ -69,7 +69,7 @@ def _orthonormal(a: Array, b: Array) -> tuple[Array, Array, Array]:
     A and B are orthonormal but for directions that a or b has no more of than rounding leaves.
     """
     info = jnp.finfo(a.dtype)
-    small = None
+    small = jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), (2, *[a.shape[-1]] * 2))
     for _ in range(_ROTATIONS):
         values, vectors = eigh(jnp.stack(grams(a, b)))
         # An eigenvalue is known to a few eps of the largest. `tiny` is for a factor of zeros.
@@ -77,12 +77,7 @@ def _orthonormal(a: Array, b: Array) -> tuple[Array, Array, Array]:
         scaled = vectors / size[:, None, :]
         a, b = dot(a, scaled[0]), dot(scaled[1].T, b)
         undone = size[:, :, None] * jnp.swapaxes(vectors, -1, -2)
-        small = (
-            undone
-            if small is None
-            else jnp.stack([dot(x, y) for x, y in zip(undone, small, strict=True)])
-        )
-    assert small is not None
+        small = jnp.stack([dot(x, y) for x, y in zip(undone, small, strict=True)])
     return a, b, small
 
 
