@@ -129,7 +129,7 @@ KAPPAS = np.geomspace(1e1, 1e6, 6)
 @pytest.mark.parametrize("which", ["both", "a", "b"])
 @pytest.mark.parametrize("shape", ["geometric", "clusters"])
 @pytest.mark.parametrize("kappa", KAPPAS)
-def test_float32_error_of_qr_grows_as_the_condition_number(x64, rng, kappa, which, shape):
+def test_float32_error_of_qr_grows_as_the_condition_number(rng, kappa, which, shape):
     """Bound: 6 κ eps of the projection's norm (0.3 to 3 is measured), without damping."""
     a, b, G = graded(rng, 96, 8, 64, kappa, which, shape)
     expected = projection(a, b, G)
@@ -138,7 +138,7 @@ def test_float32_error_of_qr_grows_as_the_condition_number(x64, rng, kappa, whic
 
 
 @pytest.mark.parametrize("which", ["both", "a", "b"])
-def test_float32_error_of_grams_grows_as_its_square(x64, rng, which):
+def test_float32_error_of_grams_grows_as_its_square(rng, which):
     """What the other route is for: hundredfold from κ = 10 to 100 here, tenfold there."""
     growth = {}
     for solver in SOLVERS:
@@ -155,7 +155,7 @@ def test_float32_error_of_grams_grows_as_its_square(x64, rng, which):
 
 @pytest.mark.parametrize("damping", [1e-10, 1e-8, 1e-6, 1e-4])
 @pytest.mark.parametrize("which", ["both", "a", "b"])
-def test_damping_bounds_the_float32_error_whatever_the_condition(x64, rng, which, damping):
+def test_damping_bounds_the_float32_error_whatever_the_condition(rng, which, damping):
     """At κ = 1e6 the damped solution is right to 6 eps / sqrt(damping): for Grams eps / damping."""
     a, b, G = graded(rng, 96, 8, 64, 1e6, which, "geometric")
     expected = damped_step(a, b, G, damping)
@@ -169,7 +169,7 @@ def test_the_truth_of_the_last_test_is_the_dense_one(x64, rng):
     np.testing.assert_allclose(damped_step(a, b, G, 1e-2), g, atol=1e-10)
 
 
-def test_factors_of_very_different_size_are_right_to_float32(x64, rng):
+def test_factors_of_very_different_size_are_right_to_float32(rng):
     """An early step: b is 1e-4 of a, and both are well conditioned."""
     a, b, G = oracle.pair(rng, 96, 8, 64)
     b = b * 1e-4
