@@ -10,12 +10,13 @@ rounding error eps ||h_a|| in every column, a small one too, and column j ends u
 κ eps of g~, which float32 gradients do not allow to beat. To stay there, nothing may divide by τ²
 before it is multiplied by something of size τ, so: σ and τ are singular values of the factors, not
 roots of eigenvalues, h_a V is divided before it meets Vᵀ (the matrix V diag(1 / (τ² + λ)) Vᵀ would
-mix the columns' errors), and each factor's part of the core Âᵀ G B̂ comes from its own gradient, not from the other's.
+mix the columns' errors), and each factor's part of the core Âᵀ G B̂ comes from its own gradient,
+not from the other's.
 
 The frames come from matrix products: rotating a factor into the eigenvectors of its Gram and
 scaling its columns to one, twice (SVQB of Stathopoulos and Wu, SIAM J. Sci. Comput. 23, 2002). So
-sharded axes stay as they are. Householder's QR is no more accurate here and on a CPU no faster,
-but wants whole columns, one pair at a time.
+sharded axes stay as they are. Householder's QR is no more accurate here and takes as long on a
+CPU, but wants whole columns, one pair at a time.
 """
 
 from typing import NamedTuple
@@ -26,8 +27,8 @@ from jaxtyping import Array, Float
 from lorapro_jax._lapack import eigh, svd
 from lorapro_jax._solve import CHOICES, dot, gram_left, gram_right, grams
 
-# The first leaves a condition number of about 2 sqrt(eps) κ, whose square, times eps, is how far the
-# second leaves the frame from orthonormal: (2 κ eps)², less than the κ eps that cannot be avoided.
+# The first leaves a condition number of about 2 sqrt(eps) κ, whose square, times eps, is how far
+# the second leaves the frame from orthonormal: (2 κ eps)², below the unavoidable κ eps.
 _ROTATIONS = 2
 # In eps of the largest: of a rank-deficient factor the singular values that should be zero come
 # out as up to 0.5 at rank 8, 2 at rank 64, 2.5 at rank 128.
