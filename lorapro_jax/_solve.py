@@ -18,14 +18,13 @@ m and n may each be several axes: they are contracted whole, nothing is reshaped
 sharded axis stays as it is.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import lax
-from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float
 
-from lorapro_jax._sharding import contract, explicit, spec_of
+from lorapro_jax._lapack import eigh
+from lorapro_jax._sharding import contract
 
 CHOICES = ("sylvester", "zero", "symmetric")  # of x: which minimiser
 
@@ -54,7 +53,7 @@ def widen(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _dot(x: Array, y: Array) -> Array:
+def dot(x: Array, y: Array) -> Array:
     return contract(x, y, [x.ndim - 1], [0])
 
 
@@ -85,42 +84,6 @@ def shared_core(b: Float[Array, "r *n"], h_b: Float[Array, "r *n"]) -> Float[Arr
     return gram_right(h_b, b)
 
 
-@custom_vmap
-def _eigh(x: Float[Array, "*k r r"]) -> tuple[Float[Array, "*k r"], Float[Array, "*k r r"]]:
-    """`jnp.linalg.eigh` of symmetric matrices, in a way that cannot hang on a CPU.
-
-    There jaxlib splits a large batch into tasks for XLA's thread pool and waits for them on a
-    thread of that pool. Two such calls at once, for pairs of two shapes, wait for each other for
-    ever on a machine of two cores. Batches too small to be split do not, and run no slower.
-    """
-    rank = x.shape[-1]
-    # jaxlib (lapack_kernels.cc) splits from 200,000 operations on; eigh takes about 9 r³
-    at_once = max(1, 100_000 // (10 * rank**3))
-
-    def eigh(x):
-        return tuple(jnp.linalg.eigh(x, symmetrize_input=False))
-
-    def one_thread(x):
-        if x.size <= at_once * rank**2:
-            return eigh(x)
-        spec = spec_of(x)
-        flat = jnp.reshape(x, (-1, rank, rank), out_sharding=explicit(x, [None] * 3))
-        values, vectors = lax.map(eigh, flat, batch_size=at_once)
-        return (
-            jnp.reshape(values, x.shape[:-1], out_sharding=explicit(x, spec[:-1])),
-            jnp.reshape(vectors, x.shape, out_sharding=explicit(x, spec)),
-        )
-
-    return lax.platform_dependent(x, cpu=one_thread, default=eigh)
-
-
-@_eigh.def_vmap
-def _(size: int, in_batched: list[bool], x: Array) -> tuple[tuple[Array, Array], Any]:
-    """A batch of batches is one batch, so that `_eigh` sees the whole of it."""
-    del size, in_batched  # x is the only argument, and batched on its first axis
-    return _eigh(x), (True, True)
-
-
 def spectrum(P: Float[Array, "r r"], Q: Float[Array, "r r"], damping: Float[Array, ""]) -> Spectrum:
     """Eigendecompositions of P and Q, and λ = damping · max(tr P, tr Q) / r.
 
@@ -128,7 +91,7 @@ def spectrum(P: Float[Array, "r r"], Q: Float[Array, "r r"], damping: Float[Arra
     working precision is raised to it: below that, the eigenvalues of a rank-deficient Gram are
     rounding errors, and dividing by them would return noise.
     """
-    eigenvalues, vectors = _eigh(jnp.stack([P, Q]))
+    eigenvalues, vectors = eigh(jnp.stack([P, Q]))
     p, q = jnp.maximum(eigenvalues, 0)  # a Gram has no negative eigenvalue; rounding does
     info = jnp.finfo(P.dtype)
     mean = jnp.maximum(jnp.trace(P), jnp.trace(Q)) / P.shape[0]
@@ -138,19 +101,19 @@ def spectrum(P: Float[Array, "r r"], Q: Float[Array, "r r"], damping: Float[Arra
 
 
 def _inverse(values: Array, vectors: Array, damping: Array) -> Array:
-    return _dot(vectors / (values + damping)[None, :], vectors.T)
+    return dot(vectors / (values + damping)[None, :], vectors.T)
 
 
 def _cores(x: str, M: Array, spec: Spectrum, P_inv: Array, Q_inv: Array) -> tuple[Array, Array]:
     """How much of the shared core M each factor leaves to the other: Y in da, Y in db."""
     if x == "sylvester":
         denominator = spec.p[:, None] + spec.q[None, :] + spec.damping
-        Y = _dot(_dot(spec.U, _dot(_dot(spec.U.T, M), spec.V) / denominator), spec.V.T)
+        Y = dot(dot(spec.U, dot(dot(spec.U.T, M), spec.V) / denominator), spec.V.T)
         return Y, Y
     if x == "zero":
-        return _dot(P_inv, M), jnp.zeros_like(M)
+        return dot(P_inv, M), jnp.zeros_like(M)
     if x == "symmetric":
-        return _dot(P_inv, M) / 2, _dot(M, Q_inv) / 2
+        return dot(P_inv, M) / 2, dot(M, Q_inv) / 2
     raise ValueError(f"x must be one of {', '.join(CHOICES)}, not {x!r}")
 
 
@@ -166,7 +129,7 @@ def coefficients(
     Q_inv = _inverse(spec.q, spec.V, spec.damping)
     Y_a, Y_b = _cores(x, M, spec, P_inv, Q_inv)
     s2 = (s * s).astype(M.dtype)
-    return Coefficients(Q_inv / s2, -_dot(Y_a, Q_inv) / s2, P_inv / s2, -_dot(P_inv, Y_b) / s2)
+    return Coefficients(Q_inv / s2, -dot(Y_a, Q_inv) / s2, P_inv / s2, -dot(P_inv, Y_b) / s2)
 
 
 def combine(
@@ -177,7 +140,7 @@ def combine(
     c: Coefficients,
 ) -> tuple[Float[Array, "*m r"], Float[Array, "r *n"]]:
     """(da, db) = (h_a H_a + a C_a, H_b h_b + C_b b)."""
-    return _dot(h_a, c.H_a) + _dot(a, c.C_a), _dot(c.H_b, h_b) + _dot(c.C_b, b)
+    return dot(h_a, c.H_a) + dot(a, c.C_a), dot(c.H_b, h_b) + dot(c.C_b, b)
 
 
 def solve(
@@ -236,6 +199,6 @@ def mean_squares(
     L = jnp.concatenate([da, a], axis=-1)
     R = jnp.concatenate([b, db], axis=0)
     m, n = a.size // a.shape[-1], b.size // b.shape[0]
-    row = jnp.sum(_dot(L, gram_right(R, R)) * L, axis=-1) * (s * s / n).astype(a.dtype)
-    col = jnp.sum(R * _dot(gram_left(L, L), R), axis=0) * (s * s / m).astype(a.dtype)
+    row = jnp.sum(dot(L, gram_right(R, R)) * L, axis=-1) * (s * s / n).astype(a.dtype)
+    col = jnp.sum(R * dot(gram_left(L, L), R), axis=0) * (s * s / m).astype(a.dtype)
     return jnp.maximum(row, 0), jnp.maximum(col, 0)  # sums of squares, but for rounding

@@ -7,10 +7,11 @@ import lorapro_jax as lp
 
 ROOT = pathlib.Path(lp.__file__).parent.parent
 ORDER = [
-    "_paths", "_checks", "_sharding", "_solve", "_layouts", "_batch", "_full", "_transform",
-    "_partition", "_state_sharding", "_diagnostics", "_adapter", "linen", "nnx", "layouts",
-    "_peft_config", "_peft_files", "_peft_modules", "peft", "__init__",
+    "_paths", "_checks", "_sharding", "_lapack", "_solve", "_orthogonal", "_layouts", "_batch",
+    "_full", "_transform", "_partition", "_state_sharding", "_diagnostics", "_adapter", "linen",
+    "nnx", "layouts", "_peft_config", "_peft_files", "_peft_modules", "peft", "__init__",
 ]  # fmt: skip
+SOLVER = ("_sharding", "_lapack", "_solve", "_orthogonal")
 
 
 def imports(path):
@@ -32,9 +33,9 @@ def test_the_library_imports_upwards_only():
 
 
 def test_the_solver_knows_neither_trees_nor_optax():
-    for module in ("_solve", "_sharding"):
+    for module in SOLVER:
         for name in imports(ROOT / "lorapro_jax" / f"{module}.py"):
-            own = name.startswith("lorapro_jax._sharding.")
+            own = name.startswith(tuple(f"lorapro_jax.{other}." for other in SOLVER))
             assert own or not name.startswith(("optax", "flax", "lorapro_jax"))
 
 
