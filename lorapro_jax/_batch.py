@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from lorapro_jax import _orthogonal, _solve
+from lorapro_jax import _solve
 from lorapro_jax._checks import check_scale
+from lorapro_jax._closed_form import ClosedForm
 from lorapro_jax._layouts import Pair, flatten, read, read_gradients
 from lorapro_jax._orthogonal import Frames
 from lorapro_jax._sharding import explicit, placed, spec_of
@@ -26,8 +27,6 @@ from lorapro_jax._solve import Spectrum
 # and shares it between batches of one size. On 2 CPU cores 4 to 24 run within 10 % of one another;
 # the Grams of 8 pairs of rank 8 go through one LAPACK call.
 _PAIRS_PER_GROUP = 8
-
-SOLVERS = ("gram", "qr")  # routes to the closed form: `_solve` and `_orthogonal`
 
 Scale = float | Array | Callable[[str], float]
 
@@ -148,27 +147,15 @@ def over_batch(f: Callable, group: Group, in_axes: Any = 0) -> Callable:
 
 
 def first_steps(
-    p: Problem,
-    group: Group,
-    damping: Array | float,
-    x: str = "sylvester",
-    solver: str = "gram",
+    p: Problem, group: Group, form: ClosedForm
 ) -> tuple[Spectrum | Frames, tuple[Array, Array]]:
-    """The spectra or frames of a group and its (da, db)."""
-    absolute = jnp.asarray(damping, p.a.dtype)
-    if solver == "qr":
-        spec = over_batch(_orthogonal.frames, group, (0, 0, None))(p.a, p.b, absolute)
-    else:
-        P, Q = over_batch(_solve.grams, group)(p.a, p.b)
-        spec = over_batch(_solve.spectrum, group, (0, 0, None))(P, Q, absolute)
-    return spec, steps(p, group, spec, x)
+    """What the solves of a group share, and its (da, db)."""
+    known = over_batch(form.decompose, group)(p.a, p.b)
+    return known, steps(p, group, known, form)
 
 
-def steps(p: Problem, group: Group, spec: Spectrum | Frames, x: str) -> tuple[Array, Array]:
-    """(da, db) of a group whose spectra or frames are known."""
-    if isinstance(spec, Frames):
-        step = functools.partial(_orthogonal.step, x=x)
-        return over_batch(step, group)(spec, p.h_a, p.h_b, p.s)
-    core = over_batch(_solve.shared_core, group)(p.b, p.h_b)
-    found = over_batch(functools.partial(_solve.coefficients, x=x), group)(spec, core, p.s)
-    return over_batch(_solve.combine, group)(p.a, p.b, p.h_a, p.h_b, found)
+def steps(
+    p: Problem, group: Group, known: Spectrum | Frames, form: ClosedForm
+) -> tuple[Array, Array]:
+    """(da, db) of a group."""
+    return over_batch(form.step, group)(known, *p)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Int
 
 from lorapro_jax import _solve
 from lorapro_jax._batch import Adam, Group, Problem, first_steps, stacked
+from lorapro_jax._closed_form import ClosedForm
 from lorapro_jax._pairwise import Rule
 
 
@@ -26,7 +27,7 @@ class EfficientState(NamedTuple):
     rest: Any  # plain Adam's state for the leaves in no pair
 
 
-def efficient_rule(adam: Adam, x: str, damping: float | Array) -> Rule:
+def efficient_rule(adam: Adam, form: ClosedForm) -> Rule:
     """The rule of efficient mode."""
 
     def init(group: Group, leaves: Sequence[Any]) -> tuple[Array, ...]:
@@ -36,7 +37,7 @@ def efficient_rule(adam: Adam, x: str, damping: float | Array) -> Rule:
 
     def update(p: Problem, group: Group, moments: tuple, count: Array):
         mu, nu = moments[:2], moments[2:]
-        _, taken = first_steps(p, group, damping, x)
+        _, taken = first_steps(p, group, form)
         moved = [direction(g, m, v, count, adam) for g, m, v in zip(taken, mu, nu, strict=True)]
         (da, mu_a, nu_a), (db, mu_b, nu_b) = moved
         return (da, db), (mu_a, mu_b, nu_a, nu_b)

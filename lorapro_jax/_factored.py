@@ -20,9 +20,9 @@ from jaxtyping import Array, Float, Int
 
 from lorapro_jax import _solve
 from lorapro_jax._batch import Adam, Group, Problem, over_batch, stacked
+from lorapro_jax._closed_form import ClosedForm
 from lorapro_jax._pairwise import Rule
-from lorapro_jax._sharding import contract
-from lorapro_jax._solve import gram_left, gram_right
+from lorapro_jax._solve import dot, gram_left, gram_right
 
 
 class FactoredState(NamedTuple):
@@ -54,7 +54,7 @@ class Fields(NamedTuple):
     b: Array | None
 
 
-def factored_rule(adam: Adam, x: str, damping: float | Array, *, keeps_factors: bool) -> Rule:
+def factored_rule(adam: Adam, form: ClosedForm, *, keeps_factors: bool) -> Rule:
     """The rule of factored mode; `keeps_factors` if nobody is going to call its `carry`."""
 
     def init(group: Group, leaves: Sequence[Any]) -> Fields:
@@ -64,7 +64,7 @@ def factored_rule(adam: Adam, x: str, damping: float | Array, *, keeps_factors: 
         return Fields(*mu, row, col, *((a, b) if keeps_factors else (None, None)))
 
     def update(p: Problem, group: Group, fields: tuple, count: Array):
-        step = functools.partial(_step, adam=adam, x=x, damping=damping)
+        step = functools.partial(_step, adam=adam, form=form)
         return over_batch(step, group, (0, 0, None))(p, Fields(*fields), count)
 
     def carry(p: Problem, group: Group, fields: tuple, a: Array, b: Array) -> Fields:
@@ -76,13 +76,12 @@ def factored_rule(adam: Adam, x: str, damping: float | Array, *, keeps_factors: 
 
 
 def _step(
-    p: Problem, old: Fields, count: Int[Array, ""], adam: Adam, x: str, damping: float | Array
+    p: Problem, old: Fields, count: Int[Array, ""], adam: Adam, form: ClosedForm
 ) -> tuple[tuple[Array, Array], Fields]:
     """The direction of one pair and its new moments."""
     b1, b2, eps, _ = adam
     a, b, h_a, h_b, s = p
-    spec = _solve.spectrum(*_solve.grams(a, b), jnp.asarray(damping, a.dtype))
-    solve = functools.partial(_solved, a, b, s=s, spec=spec, x=x)
+    solve = functools.partial(form.step, form.decompose(a, b), a, b, s=s)
     row, col = _solve.mean_squares(a, b, *solve(h_a, h_b), s)
     row, col = _average(row, old.row, b2), _average(col, old.col, b2)
     mu = old.mu_a.astype(a.dtype), old.mu_b.astype(a.dtype)
@@ -99,11 +98,6 @@ def _step(
 
 def _stored(mu: Array, adam: Adam) -> Array:
     return mu if adam.mu_dtype is None else mu.astype(adam.mu_dtype)
-
-
-def _solved(a, b, h_a, h_b, *, s, spec, x) -> tuple[Array, Array]:
-    found = _solve.coefficients(spec, _solve.shared_core(b, h_b), s, x)
-    return _solve.combine(a, b, h_a, h_b, found)
 
 
 def _average(new: Array, old: Array, decay: Any) -> Array:
@@ -124,8 +118,8 @@ def carried(
     right = gram_right(jnp.concatenate([b, n_b]), b_new) * s2
     left = gram_left(a_new, jnp.concatenate([n_a, a], axis=-1)) * s2
     return (
-        _dot(jnp.concatenate([n_a, a], axis=-1), right),
-        _dot(left, jnp.concatenate([b, n_b])),
+        dot(jnp.concatenate([n_a, a], axis=-1), right),
+        dot(left, jnp.concatenate([b, n_b])),
     )
 
 
@@ -143,8 +137,4 @@ def _conditioned(n_a, n_b, a, b, left, right, s) -> tuple[Array, Array]:
     L = jnp.concatenate([n_a, a], axis=-1) * left[..., None]
     R = jnp.concatenate([b, n_b]) * right[None]
     s2 = s * s
-    return _dot(L, gram_right(R, b) * s2), _dot(gram_left(a, L) * s2, R)
-
-
-def _dot(x: Array, y: Array) -> Array:
-    return contract(x, y, [x.ndim - 1], [0])
+    return dot(L, gram_right(R, b) * s2), dot(gram_left(a, L) * s2, R)

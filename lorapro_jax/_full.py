@@ -15,6 +15,7 @@ from jaxtyping import Array, Int
 
 from lorapro_jax import _solve
 from lorapro_jax._batch import Adam, Group, Problem, first_steps, over_batch, steps
+from lorapro_jax._closed_form import ClosedForm
 from lorapro_jax._layouts import kernel_spec
 from lorapro_jax._pairwise import Rule
 from lorapro_jax._sharding import explicit, spec_of
@@ -34,7 +35,7 @@ class FullState(NamedTuple):
     rest: Any  # plain Adam's state for the leaves in no pair
 
 
-def full_rule(adam: Adam, x: str, damping: float | Array) -> Rule:
+def full_rule(adam: Adam, form: ClosedForm) -> Rule:
     """The rule of full mode."""
 
     def init(group: Group, leaves: Sequence[Any]) -> tuple[Array, Array]:
@@ -42,9 +43,9 @@ def full_rule(adam: Adam, x: str, damping: float | Array) -> Rule:
         return moment(adam.mu_dtype), moment(None)
 
     def update(p: Problem, group: Group, moments: tuple, count: Array):
-        spec, (da, db) = first_steps(p, group, damping, x)
+        known, (da, db) = first_steps(p, group, form)
         mu, nu, h_a, h_b = _adam(p, group, da, db, *moments, count, adam)
-        return steps(p._replace(h_a=h_a, h_b=h_b), group, spec, x), (mu, nu)
+        return steps(p._replace(h_a=h_a, h_b=h_b), group, known, form), (mu, nu)
 
     return Rule(FullState, init, update)
 

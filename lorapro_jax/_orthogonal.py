@@ -98,6 +98,9 @@ def _left_to_the_other(x: str, f: Frames, P_inv: Array, Q_inv: Array) -> tuple[A
         return jnp.broadcast_to(in_a, f.U.shape), jnp.zeros_like(f.U)
     if x == "symmetric":
         return in_a / 2, in_b / 2
+    if x == "sequential":
+        first = jnp.sum(p) >= jnp.sum(q)
+        return jnp.where(first, in_a, 0 * in_b), jnp.where(first, 0 * in_a, in_b)
     raise ValueError(f"x must be one of {', '.join(CHOICES)}, not {x!r}")
 
 

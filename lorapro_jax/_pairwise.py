@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from lorapro_jax import _trust
 from lorapro_jax._batch import (
     Group,
     Problem,
@@ -24,7 +25,6 @@ from lorapro_jax._batch import (
     unstacked,
 )
 from lorapro_jax._layouts import Pair, check_leaves, factor_indices, flatten, write
-from lorapro_jax._trust import allowed
 
 Find = Callable[[list[str], list[Any]], tuple[Pair, ...]]
 
@@ -47,6 +47,7 @@ class Taken(NamedTuple):
     learning_rate: optax.ScalarOrSchedule
     weight_decay: float | Array
     radius: float | Array | None  # of the trust region
+    retracts: bool  # one factor moves first, and the other as fits it
 
 
 def pairwise(
@@ -123,8 +124,10 @@ def _take(
     decays = not (isinstance(taken.weight_decay, int | float) and taken.weight_decay == 0)
 
     def one(p: Problem, da: Array, db: Array) -> tuple[Array, Array]:
-        t = rate if taken.radius is None else allowed(p, da, db, rate, taken.radius)
-        da, db = -t * da, -t * db
+        if taken.radius is None and not taken.retracts:
+            da, db = -rate * da, -rate * db
+        else:
+            da, db = _trust.step(p, da, db, rate, taken.radius, retracts=taken.retracts)
         if not decays:
             return da, db
         # sqrt(1 - lr wd) - 1, which float32 would lose to cancellation at lr wd = 1e-6

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float
 from lorapro_jax._lapack import eigh
 from lorapro_jax._sharding import contract
 
-CHOICES = ("sylvester", "zero", "symmetric")  # of x: which minimiser
+CHOICES = ("sylvester", "zero", "symmetric", "sequential")  # of x: which minimiser
 
 
 class Spectrum(NamedTuple):
@@ -114,6 +114,9 @@ def _cores(x: str, M: Array, spec: Spectrum, P_inv: Array, Q_inv: Array) -> tupl
         return dot(P_inv, M), jnp.zeros_like(M)
     if x == "symmetric":
         return dot(P_inv, M) / 2, dot(M, Q_inv) / 2
+    if x == "sequential":
+        first = jnp.sum(spec.p) >= jnp.sum(spec.q)
+        return jnp.where(first, dot(P_inv, M), 0), jnp.where(first, 0, dot(M, Q_inv))
     raise ValueError(f"x must be one of {', '.join(CHOICES)}, not {x!r}")
 
 
@@ -123,7 +126,8 @@ def coefficients(
     """The (r, r) matrices that turn (h_a, h_b) into (da, db).
 
     `x` chooses among the minimisers, which all have the same product: "sylvester" the
-    minimum-norm one, "zero" the paper's X = 0, "symmetric" half of the core on each side.
+    minimum-norm one, "zero" the paper's X = 0, which leaves the core to b, "symmetric" half of the
+    core on each side, "sequential" all of it to the partner of the larger factor.
     """
     P_inv = _inverse(spec.p, spec.U, spec.damping)
     Q_inv = _inverse(spec.q, spec.V, spec.damping)

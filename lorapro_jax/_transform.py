@@ -11,6 +11,7 @@ from jaxtyping import Array
 from lorapro_jax import _solve
 from lorapro_jax._batch import Adam, Scale, aligned, first_steps, groups, problem, unstacked
 from lorapro_jax._checks import check_between, check_one_of, check_scale
+from lorapro_jax._closed_form import ClosedForm
 from lorapro_jax._efficient import efficient_rule
 from lorapro_jax._factored import factored_rule
 from lorapro_jax._full import full_rule
@@ -25,6 +26,7 @@ def lorapro(
     *,
     x: str = "sylvester",
     damping: float | Array = 1e-6,
+    solver: str = "gram",
     layout: Layout | None = None,
     require_pairs: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
@@ -67,8 +69,8 @@ def lorapro(
       Wang et al., LoRA-Pro, arXiv:2407.18242: Theorem 2.1, Algorithm 1.
     """
     check_scale(scale)
-    check_one_of("x", x, _solve.CHOICES)
-    check_between("damping", damping, 0.0, float("inf"))
+    form = ClosedForm(x, damping, solver)
+    form.check()
 
     def init(params):
         paths, leaves, _ = flatten(params)
@@ -84,7 +86,7 @@ def lorapro(
         new = list(leaves)
         values = aligned(paths, leaves, params)
         for group in groups(pairs, values).values():
-            _, taken = first_steps(problem(group, values, leaves, scale), group, damping, x)
+            _, taken = first_steps(problem(group, values, leaves, scale), group, form)
             for pair, (da, db) in zip(group.pairs, unstacked(taken, group), strict=True):
                 write(pair, da, db, new)
         return jax.tree.unflatten(treedef, new), state
@@ -124,6 +126,7 @@ def scale_by_lorapro_adam(
     eps: float | Array = 1e-8,
     x: str = "sylvester",
     damping: float | Array = 1e-6,
+    solver: str = "gram",
     mu_dtype: Any = None,
     layout: Layout | None = None,
     require_pairs: bool = True,
@@ -164,28 +167,27 @@ def scale_by_lorapro_adam(
     References:
       Wang et al., LoRA-Pro, arXiv:2407.18242: Algorithm 2 (full), version 2 (efficient).
     """
-    check_between("b1", b1, 0.0, 1.0)
-    check_between("b2", b2, 0.0, 1.0)
-    check_between("eps", eps, 0.0, float("inf"))
     adam = Adam(b1, b2, eps, mu_dtype)
-    rule = _rule(mode, adam, scale, x, damping, keeps_factors=True)
+    rule = _rule(mode, adam, scale, ClosedForm(x, damping, solver), keeps_factors=True)
     find = functools.partial(find_pairs, layout=layout, require_pairs=require_pairs)
     return pairwise(rule, _adam(adam), find, scale)
 
 
 def _rule(
-    mode: str, adam: Adam, scale: Scale, x: str, damping: float | Array, *, keeps_factors: bool
+    mode: str, adam: Adam, scale: Scale, form: ClosedForm, *, keeps_factors: bool
 ) -> Rule:
     """The rule of a mode, its arguments checked."""
     check_one_of("mode", mode, MODES)
     check_scale(scale)
-    check_one_of("x", x, _solve.CHOICES)
-    check_between("damping", damping, 0.0, float("inf"))
+    form.check()
+    check_between("b1", adam.b1, 0.0, 1.0)
+    check_between("b2", adam.b2, 0.0, 1.0)
+    check_between("eps", adam.eps, 0.0, float("inf"))
     if mode == "full":
-        return full_rule(adam, x, damping)
+        return full_rule(adam, form)
     if mode == "efficient":
-        return efficient_rule(adam, x, damping)
-    return factored_rule(adam, x, damping, keeps_factors=keeps_factors)
+        return efficient_rule(adam, form)
+    return factored_rule(adam, form, keeps_factors=keeps_factors)
 
 
 def lorapro_adamw(
@@ -197,8 +199,9 @@ def lorapro_adamw(
     b2: float | Array = 0.999,
     eps: float | Array = 1e-8,
     weight_decay: float | Array = 0.0,
-    x: str = "sylvester",
+    x: str | None = None,
     damping: float | Array = 1e-6,
+    solver: str = "gram",
     mu_dtype: Any = None,
     radius: float | Array | None = 0.2,
     layout: Layout | None = None,
@@ -243,12 +246,15 @@ def lorapro_adamw(
         check_between("learning_rate", learning_rate, 0.0, float("inf"))
     check_between("weight_decay", weight_decay, 0.0, float("inf"))
     adam = Adam(b1, b2, eps, mu_dtype)
-    rule = _rule(mode, adam, scale, x, damping, keeps_factors=False)
+    projects = mode != "efficient"  # Adam comes last there: its steps are no projections
+    form = ClosedForm(x or ("sequential" if projects else "sylvester"), damping, solver)
+    rule = _rule(mode, adam, scale, form, keeps_factors=False)
     rest = optax.chain(
         _adam(adam),
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
     )
     find = functools.partial(find_pairs, layout=layout, require_pairs=require_pairs)
-    taken = Taken(learning_rate, weight_decay, radius)
+    retracts = projects and form.x == "sequential"
+    taken = Taken(learning_rate, weight_decay, radius if projects else None, retracts)
     return pairwise(rule, rest, find, scale, taken)

@@ -59,3 +59,118 @@ def test_every_step_is_the_dense_definitions(x64, make, x):
             expected = reference(a, b, SCALE * a @ b - targets[name])
             found = trees.step(before[name], updates[name]) / -RATE
             np.testing.assert_allclose(found, expected, atol=1e-7 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("make", [owned, composed])
+def test_a_trajectory_does_not_depend_on_the_gauge(x64, make):
+    """From (a R, R⁻¹ b) every product of the trajectory is the same, at zero damping."""
+    params, _, dense = trees.make()
+    rng = np.random.default_rng(3)
+    targets = {name: jnp.asarray(G) for name, (_, _, G) in dense.items()}
+    moved = {}
+    for name, (a, b, _) in dense.items():
+        R = rng.normal(size=(a.shape[1], a.shape[1]))
+        moved[name] = {"lora_a": jnp.asarray(a @ R), "lora_b": jnp.asarray(np.linalg.solve(R, b))}
+    tx = make("symmetric")
+    for (one, _), (other, _) in zip(
+        trajectory(params, targets, tx), trajectory(moved, targets, tx), strict=True
+    ):
+        for name in dense:
+            products = [p[name]["lora_a"] @ p[name]["lora_b"] for p in (one, other)]
+            np.testing.assert_allclose(*products, atol=1e-8 * np.abs(products[0]).max())
+
+
+def shapes_in(jaxpr):
+    """The shapes of all values of a jaxpr, those of its inner ones included."""
+    for equation in jaxpr.eqns:
+        yield from (v.aval.shape for v in equation.outvars)
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from shapes_in(inner)
+
+
+def dense_values(tx, m, n):
+    """Shapes with an m and an n, or with as many entries, in one update of a pair and of a stack."""
+    params = {
+        "q": {"lora_a": jnp.ones((m, 3)), "lora_b": jnp.ones((3, n))},
+        "layers_0": {"lora_a": jnp.ones((m, 3)), "lora_b": jnp.ones((3, n))},
+        "layers_1": {"lora_a": jnp.ones((m, 3)), "lora_b": jnp.ones((3, n))},
+    }
+    jaxpr = jax.make_jaxpr(tx.update)(params, tx.init(params), params)
+    return [s for s in shapes_in(jaxpr.jaxpr) if (m in s and n in s) or np.prod(s) >= m * n]
+
+
+@pytest.mark.parametrize("owns", [True, False])
+def test_no_array_of_the_kernels_size(owns):
+    m, n = 211, 157
+    tx = (
+        lp.lorapro_adamw(1e-3, SCALE, mode="factored")
+        if owns
+        else lp.scale_by_lorapro_adam(SCALE, mode="factored")
+    )
+    assert dense_values(tx, m, n) == []
+    assert dense_values(lp.lorapro_adamw(1e-3, SCALE, mode="full"), m, n)  # it would be seen
+
+
+@pytest.mark.parametrize(
+    ("make", "numbers"),
+    [
+        (lambda: lp.lorapro_adamw(1e-3, SCALE, mode="factored"), lambda m, n, r: (m + n) * (r + 1)),
+        (
+            lambda: lp.scale_by_lorapro_adam(SCALE, mode="factored"),
+            lambda m, n, r: (m + n) * (2 * r + 1),
+        ),
+    ],
+    ids=["knows the step", "does not"],
+)
+def test_state_of_loras_size(make, numbers):
+    params, _, dense = trees.make()
+    held = sum(x.size for x in jax.tree.leaves(make().init(params)) if x.ndim)
+    assert held == sum(numbers(*G.shape, a.shape[1]) for a, _, G in dense.values())
+    # bf16 parameters: the state is in float32 all the same
+    narrow, _, _ = trees.make(dtype=jnp.bfloat16)
+    leaves = jax.tree.leaves(make().init(narrow))
+    assert {x.dtype for x in leaves if x.ndim} == {jnp.dtype(jnp.float32)}
+
+
+def test_the_first_moment_may_be_bfloat16(x64):
+    params, grads, _ = trees.make()
+    tx = lp.lorapro_adamw(1e-3, SCALE, mode="factored", mu_dtype=jnp.bfloat16)
+    state = tx.init(params)
+    _, after = tx.update(grads, state, params)
+    assert {x.dtype for x in jax.tree.leaves((after.mu_a, after.mu_b))} == {
+        jnp.dtype(jnp.bfloat16)
+    }
+    assert {x.dtype for x in jax.tree.leaves((after.row, after.col))} == {jnp.dtype(jnp.float64)}
+    jax.tree.map(lambda x, y: x.dtype == y.dtype or pytest.fail("dtype changed"), state, after)
+
+
+def test_zero_gradients_at_zero_b_are_no_step():
+    params, grads, _ = trees.make()
+    params = {k: {**v, "lora_b": jnp.zeros_like(v["lora_b"])} for k, v in params.items()}
+    zeros = jax.tree.map(jnp.zeros_like, grads)
+    tx = lp.lorapro_adamw(1e-3, SCALE, mode="factored")
+    updates, state = tx.update(zeros, tx.init(params), params)
+    jax.tree.map(lambda x: np.testing.assert_array_equal(x, 0), updates)
+    assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(state))
+
+
+def test_full_rank_is_adafactors_second_moment(x64):
+    """r = min(m, n): g~ = G, and without momentum the step is optax's factored RMS of G."""
+    rng = np.random.default_rng(5)
+    a, b, G = oracle.pair(rng, 6, 6, 9)
+    params = {"q": {"lora_a": jnp.asarray(a), "lora_b": jnp.asarray(b)}}
+    theirs = optax.scale_by_factored_rms(
+        min_dim_size_to_factor=1, decay_rate=0.0, step_offset=0, epsilon=0.0
+    )
+    tx = lp.scale_by_lorapro_adam(SCALE, mode="factored", b1=0.0, b2=0.0, eps=0.0, damping=0.0)
+    for _ in range(2):
+        G = rng.normal(size=G.shape)
+        kernel = jnp.asarray(G)
+        expected, _ = theirs.update(kernel, theirs.init(kernel), kernel)
+        grads = {"q": trees.gradient_node(a, b, G)}
+        found, _ = tx.update(grads, tx.init(params), params)
+        np.testing.assert_allclose(trees.step(params["q"], found["q"]), expected, atol=1e-7)
