@@ -121,7 +121,7 @@ def _compare(p: Problem, step, target) -> tuple[Array, Array, Array, Array]:
     return cosine, norm_d / jnp.maximum(norm_y, tiny), norm_x, norm_y
 
 
-@sequential_vmap  # a batched svd can hang on a CPU as a batched eigh can: see _solve._eigh
+@sequential_vmap  # a batched svd can hang on a CPU as a batched eigh can: see _lapack
 def _condition(factor: Array) -> Array:
     """From the factor's own singular values: those of its Gram would be squared."""
     r = factor.shape[-1]

@@ -38,12 +38,12 @@ def _pieces(f: Callable, operations: int, x: Float[Array, "*k r r"]) -> tuple[Ar
     return tuple(restored(y) for y in lax.map(f, flat, batch_size=at_once))
 
 
-def _one_batch(f: Callable, operations: int, results: int) -> Callable:
+def _one_batch(f: Callable, on_cpu: Callable, operations: int, results: int) -> Callable:
     """`f` of a batch under any number of vmaps: a batch of batches is one batch."""
 
     @custom_vmap
     def call(x):
-        cpu = functools.partial(_pieces, f, operations)
+        cpu = functools.partial(_pieces, on_cpu, operations)
         return lax.platform_dependent(x, cpu=cpu, default=f)
 
     @call.def_vmap
@@ -54,8 +54,18 @@ def _one_batch(f: Callable, operations: int, results: int) -> Callable:
     return call
 
 
-_eigh = _one_batch(lambda x: tuple(jnp.linalg.eigh(x, symmetrize_input=False)), 10, 2)
-_svd = _one_batch(lambda x: tuple(jnp.linalg.svd(x, full_matrices=False)), 50, 3)
+def _syevd(x: Array) -> tuple[Array, Array]:
+    return tuple(jnp.linalg.eigh(x, symmetrize_input=False))
+
+
+def _gesvd(x: Array) -> tuple[Array, Array, Array]:
+    """Not gesdd, the default: OpenBLAS's threads make it 100 times slower on a few busy cores."""
+    W, values, Zt = lax.linalg.svd(x, full_matrices=False, algorithm=lax.linalg.SvdAlgorithm.QR)
+    return W, values, Zt
+
+
+_eigh = _one_batch(_syevd, _syevd, 10, 2)
+_svd = _one_batch(lambda x: tuple(jnp.linalg.svd(x, full_matrices=False)), _gesvd, 50, 3)
 
 
 def eigh(x: Float[Array, "*k r r"]) -> tuple[Float[Array, "*k r"], Float[Array, "*k r r"]]:

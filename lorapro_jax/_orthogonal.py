@@ -31,7 +31,7 @@ from lorapro_jax._solve import CHOICES, dot, gram_left, gram_right, grams
 # the second leaves the frame from orthonormal: (2 κ eps)², below the unavoidable κ eps.
 _ROTATIONS = 2
 # In eps of the largest: of a rank-deficient factor the singular values that should be zero come
-# out as up to 0.5 at rank 8, 2 at rank 64, 2.5 at rank 128.
+# out as up to 5, at ranks 4 to 128: 4 from `_orthonormal`'s floor under what it divides by.
 _NOISE = 8
 
 

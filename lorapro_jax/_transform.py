@@ -45,7 +45,10 @@ def lorapro(
         from the pair's path to s.
       x: which of the minimisers: "sylvester" (minimum norm), "zero" or "symmetric" (the only one
         that commutes with a -> a R, b -> R⁻¹ b).
-      damping: relative to the mean eigenvalue of the larger Gram; at least the precision's epsilon.
+      damping: relative to the mean eigenvalue of the larger Gram; "gram" raises it to the
+        precision's epsilon.
+      solver: "gram" is fast, with an error of κ² eps in g~ (κ the factors' condition number) or
+        eps / damping; "qr" has κ eps or eps / sqrt(damping), at twice the time.
       layout: how pairs are named and laid out; `lp.layouts.FLAX` by default.
       require_pairs: whether a tree with leaves but without a pair is an error.
 
@@ -146,6 +149,7 @@ def scale_by_lorapro_adam(
       eps: added to the root of the second moment.
       x: as in `lorapro`; full mode's last projection uses it too.
       damping: as in `lorapro`.
+      solver: as in `lorapro`.
       mu_dtype: dtype of the first moment; the second is always float32 or better.
       layout: as in `lorapro`.
       require_pairs: as in `lorapro`.
@@ -223,6 +227,7 @@ def lorapro_adamw(
       weight_decay: wd above.
       x: as in `lorapro`.
       damping: as in `lorapro`.
+      solver: as in `lorapro`.
       mu_dtype: dtype of the first moment.
       layout: as in `lorapro`.
       require_pairs: as in `lorapro`.
