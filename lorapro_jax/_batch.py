@@ -6,7 +6,6 @@ need not be: stacking a column-parallel and a row-parallel factor would move one
 devices.
 """
 
-import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ from jaxtyping import Array
 from lorapro_jax import _solve
 from lorapro_jax._checks import check_scale
 from lorapro_jax._closed_form import ClosedForm
-from lorapro_jax._layouts import Pair, flatten, read, read_gradients
+from lorapro_jax._layouts import Pair, factor_specs, flatten, read, read_gradients
 from lorapro_jax._orthogonal import Frames
 from lorapro_jax._sharding import explicit, placed, spec_of
 from lorapro_jax._solve import Spectrum
@@ -130,6 +129,23 @@ def stacked(group: Group, leaves: Sequence[Array], reader: Callable = read) -> l
     if not group.stacked:
         return [column[0] for column in columns]
     return [jnp.stack([placed(x, spec_of(column[0])) for x in column]) for column in columns]
+
+
+def factor_zeros(group: Group, leaves: Sequence[Any], dtype: Any = None) -> tuple[Array, Array]:
+    """Zeros of a group's (*batch, *m, r) and (*batch, r, *n), sharded as the factors are.
+
+    In `dtype`, or float32 and better. The leaves may be jax.ShapeDtypeStructs.
+    """
+    pair = group.pairs[0]
+    a, b = leaves[pair.a], leaves[pair.b]
+    specs = factor_specs(pair, spec_of(a), spec_of(b))
+    shapes = (*group.batch, *group.m, pair.rank), (*group.batch, pair.rank, *group.n)
+    dtype = group.dtype if dtype is None else dtype
+    zero_a, zero_b = (
+        jnp.zeros(shape, dtype, out_sharding=explicit(a, spec))
+        for shape, spec in zip(shapes, specs, strict=True)
+    )
+    return zero_a, zero_b
 
 
 def unstacked(tree: Any, group: Group) -> list[Any]:

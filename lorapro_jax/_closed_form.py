@@ -1,4 +1,4 @@
-"""The closed form by either route: from Grams (`_solve`), or from orthonormal frames (`_orthogonal`)."""
+"""The closed form by either route: Grams (`_solve`) or orthonormal frames (`_orthogonal`)."""
 
 from typing import Any, NamedTuple
 
@@ -26,9 +26,7 @@ class ClosedForm(NamedTuple):
         check_between("damping", self.damping, 0.0, float("inf"))
         check_one_of("solver", self.solver, SOLVERS)
 
-    def decompose(
-        self, a: Float[Array, "*m r"], b: Float[Array, "r *n"]
-    ) -> Spectrum | Frames:
+    def decompose(self, a: Float[Array, "*m r"], b: Float[Array, "r *n"]) -> Spectrum | Frames:
         """What all solves at one point share."""
         damping = jnp.asarray(self.damping, a.dtype)
         if self.solver == "qr":

@@ -23,6 +23,7 @@ from lorapro_jax._batch import (
     stacked,
     unstacked,
 )
+from lorapro_jax._closed_form import ClosedForm
 from lorapro_jax._layouts import Layout, find_pairs, flatten
 
 
@@ -91,9 +92,9 @@ def diagnose(
     found = {}
     for group in groups(pairs, values).values():
         p = problem(group, values, leaves, scale)
-        _, target = first_steps(p, group, 0.0)
+        _, target = first_steps(p, group, ClosedForm("sylvester", 0.0, "gram"))
         if new is None:
-            _, taken = first_steps(p, group, damping)
+            _, taken = first_steps(p, group, ClosedForm("sylvester", damping, "gram"))
         else:
             taken = tuple(-_solve.widen(x) for x in stacked(group, new))
         figures = unstacked(over_batch(_figures, group)(p, taken, target), group)

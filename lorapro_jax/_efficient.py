@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from lorapro_jax import _solve
-from lorapro_jax._batch import Adam, Group, Problem, first_steps, stacked
+from lorapro_jax._batch import Adam, Group, Problem, factor_zeros, first_steps
 from lorapro_jax._closed_form import ClosedForm
 from lorapro_jax._pairwise import Rule
 
@@ -31,9 +30,7 @@ def efficient_rule(adam: Adam, form: ClosedForm) -> Rule:
     """The rule of efficient mode."""
 
     def init(group: Group, leaves: Sequence[Any]) -> tuple[Array, ...]:
-        factors = [_solve.widen(x).astype(group.dtype) for x in stacked(group, leaves)]
-        mu = [jnp.zeros_like(x, dtype=adam.mu_dtype) for x in factors]
-        return *mu, *(jnp.zeros_like(x) for x in factors)
+        return *factor_zeros(group, leaves, adam.mu_dtype), *factor_zeros(group, leaves)
 
     def update(p: Problem, group: Group, moments: tuple, count: Array):
         mu, nu = moments[:2], moments[2:]

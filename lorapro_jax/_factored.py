@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lorapro_jax import _solve
-from lorapro_jax._batch import Adam, Group, Problem, over_batch, stacked
+from lorapro_jax._batch import Adam, Group, Problem, factor_zeros, over_batch
 from lorapro_jax._closed_form import ClosedForm
 from lorapro_jax._pairwise import Rule
 from lorapro_jax._solve import dot, gram_left, gram_right
@@ -58,9 +58,9 @@ def factored_rule(adam: Adam, form: ClosedForm, *, keeps_factors: bool) -> Rule:
     """The rule of factored mode; `keeps_factors` if nobody is going to call its `carry`."""
 
     def init(group: Group, leaves: Sequence[Any]) -> Fields:
-        a, b = (_solve.widen(y).astype(group.dtype) for y in stacked(group, leaves))
-        row, col = jnp.zeros_like(a[..., 0]), jnp.zeros_like(b.sum(len(group.batch)))
-        mu = (jnp.zeros_like(y, dtype=adam.mu_dtype) for y in (a, b))
+        a, b = factor_zeros(group, leaves)  # the first momentum is zero wherever it is from
+        row, col = jnp.sum(a, axis=-1), jnp.sum(b, axis=len(group.batch))
+        mu = factor_zeros(group, leaves, adam.mu_dtype)
         return Fields(*mu, row, col, *((a, b) if keeps_factors else (None, None)))
 
     def update(p: Problem, group: Group, fields: tuple, count: Array):
@@ -85,7 +85,7 @@ def _step(
     row, col = _solve.mean_squares(a, b, *solve(h_a, h_b), s)
     row, col = _average(row, old.row, b2), _average(col, old.col, b2)
     mu = old.mu_a.astype(a.dtype), old.mu_b.astype(a.dtype)
-    if old.a is not None:
+    if old.a is not None and old.b is not None:
         mu = carried(*mu, old.a, old.b, a, b, s)
     n_a, n_b = solve(_average(h_a, mu[0], b1), _average(h_b, mu[1], b1))
     kept = (None, None) if old.a is None else (a, b)

@@ -44,7 +44,7 @@ def full_rule(adam: Adam, form: ClosedForm) -> Rule:
 
     def update(p: Problem, group: Group, moments: tuple, count: Array):
         known, (da, db) = first_steps(p, group, form)
-        mu, nu, h_a, h_b = _adam(p, group, da, db, *moments, count, adam)
+        mu, nu, h_a, h_b = _adam(p, group, (da, db), moments, count, adam)
         return steps(p._replace(h_a=h_a, h_b=h_b), group, known, form), (mu, nu)
 
     return Rule(FullState, init, update)
@@ -62,10 +62,8 @@ def _zero_moment(group: Group, leaves: Sequence[Any], dtype: Any) -> Array:
 def _adam(
     p: Problem,
     group: Group,
-    da: Array,
-    db: Array,
-    mu: Array,
-    nu: Array,
+    taken: tuple[Array, Array],
+    moments: tuple[Any, ...],
     count: Array,
     adam: Adam,
 ) -> tuple[Array, Array, Array, Array]:
@@ -96,7 +94,7 @@ def _adam(
         return some(at, put, carry)
 
     # A pair's (da, db) are not needed once its g~ is formed: h_a and h_b take their place.
-    carry = mu, nu, da, db
+    carry = *moments, *taken
     if spec_of(p.a)[0] is not None:  # each device has its own part of the batch
         return some(lambda x: x, lambda old, new: new, carry)
     return lax.fori_loop(0, group.batch[0], one, carry)

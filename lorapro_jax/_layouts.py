@@ -318,6 +318,17 @@ def kernel_spec(pair: Pair, a_spec: Sequence[Any], b_spec: Sequence[Any]) -> tup
     return joined(batch, rows, [b_spec[i] for i in pair.b_axes.others])
 
 
+def factor_specs(
+    pair: Pair, a_spec: Sequence[Any], b_spec: Sequence[Any]
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """How (*batch, *m, r) and (*batch, r, *n) are sharded where the leaves are sharded so."""
+    batch = [a_spec[i] for i in pair.a_axes.batch] or [None]
+    rows = [a_spec[i] for i in pair.a_axes.others]
+    return joined(batch, rows, [None]), joined(
+        batch, [None], [b_spec[i] for i in pair.b_axes.others]
+    )
+
+
 def factor_indices(pairs: Iterable[Pair]) -> frozenset[int]:
     """Indices of all leaves that belong to a pair."""
     return frozenset(index for pair in pairs for index in (pair.a, pair.b))

@@ -33,11 +33,11 @@ class Rule(NamedTuple):
     """One mode: its state by group, and a step."""
 
     state: Any  # NamedTuple type: count, then fields by group, then rest
-    init: Callable[[Group, Sequence[Any]], tuple[Array, ...]]  # a group's fields, from all leaves
+    init: Callable[[Group, Sequence[Any]], tuple[Any, ...]]  # a group's fields, from all leaves
     update: Callable[
-        [Problem, Group, tuple[Array, ...], Array], tuple[tuple[Array, Array], tuple[Array, ...]]
+        [Problem, Group, tuple[Any, ...], Array], tuple[tuple[Array, Array], tuple[Any, ...]]
     ]  # ((da, db), new fields) of a group; the last argument is the number of this step, from 1
-    carry: Callable[..., tuple[Array, ...]] | None = None
+    carry: Callable[..., tuple[Any, ...]] | None = None
     # (problem, group, new fields, new a, new b) -> the fields as they are at the new factors
 
 
@@ -87,9 +87,7 @@ def pairwise(
             return updates, state
         check_leaves(paths, leaves)
         values = aligned(paths, leaves, params)
-        others, rest_state = rest.update(
-            updates, state.rest, jax.tree.unflatten(treedef, values)
-        )
+        others, rest_state = rest.update(updates, state.rest, jax.tree.unflatten(treedef, values))
         new = jax.tree.leaves(others)
         count = jnp.asarray(optax.safe_increment(state.count))
         made = {}

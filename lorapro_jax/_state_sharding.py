@@ -8,7 +8,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lorapro_jax._batch import Group, groups
-from lorapro_jax._layouts import Layout, find_pairs, flatten, kernel_spec
+from lorapro_jax._layouts import Layout, factor_specs, find_pairs, flatten, kernel_spec
 from lorapro_jax._paths import path_str
 from lorapro_jax._sharding import padded
 
@@ -63,6 +63,7 @@ def state_shardings(
     for name, group in groups(pairs, leaves).items():
         spec = _moment_spec(group, leaves, kernels)
         known.setdefault(name, []).append(((*group.batch, *group.m, *group.n), spec))
+        known |= {f"{field}/{name}": [of] for field, of in _factor_sized(group, leaves).items()}
 
     def sharding(path, leaf) -> NamedSharding:
         for end in _ends(path_str(path)):
@@ -105,6 +106,19 @@ def _moment_spec(group: Group, leaves: Sequence[Any], kernels: Kernels | None) -
             f"moments are one array; they need one spec, of {axes} axes at most"
         )
     return (None, *chosen) if group.stacked else tuple(chosen)
+
+
+def _factor_sized(
+    group: Group, leaves: Sequence[Any]
+) -> dict[str, tuple[tuple[int, ...], tuple[Any, ...]]]:
+    """{field: (shape, spec)} of a group's state in factored and efficient mode."""
+    pair, (batch, m, n) = group.pairs[0], (group.batch, group.m, group.n)
+    a_spec, b_spec = (padded(leaves[i].sharding.spec, leaves[i].ndim) for i in (pair.a, pair.b))
+    a_spec, b_spec = factor_specs(pair, a_spec, b_spec)
+    first = len(batch)
+    a, b = ((*batch, *m, pair.rank), a_spec), ((*batch, pair.rank, *n), b_spec)
+    row, col = ((*batch, *m), a_spec[:-1]), ((*batch, *n), (*b_spec[:first], *b_spec[first + 1 :]))
+    return {"mu_a": a, "nu_a": a, "a": a, "mu_b": b, "nu_b": b, "b": b, "row": row, "col": col}
 
 
 def _ends(path: str) -> Iterator[str]:

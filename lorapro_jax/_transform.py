@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from lorapro_jax import _solve
 from lorapro_jax._batch import Adam, Scale, aligned, first_steps, groups, problem, unstacked
-from lorapro_jax._checks import check_between, check_one_of, check_scale
+from lorapro_jax._checks import check_between, check_scale
 from lorapro_jax._closed_form import ClosedForm
 from lorapro_jax._efficient import efficient_rule
 from lorapro_jax._factored import factored_rule
@@ -18,7 +18,10 @@ from lorapro_jax._full import full_rule
 from lorapro_jax._layouts import Layout, check_leaves, find_pairs, flatten, write
 from lorapro_jax._pairwise import Rule, Taken, pairwise
 
-MODES = ("full", "factored", "efficient")
+# Modes, and how much each damps the closed form. Without damping da is like 1 / b in the first
+# steps, which efficient mode's Adam would remember for a thousand.
+_DAMPING = {"full": 1e-6, "factored": 1e-6, "efficient": 1.0}
+MODES = tuple(_DAMPING)
 
 
 def lorapro(
@@ -43,8 +46,9 @@ def lorapro(
     Args:
       scale: s of the forward pass (alpha / rank, or alpha / sqrt(rank) for rsLoRA), or a callable
         from the pair's path to s.
-      x: which of the minimisers: "sylvester" (minimum norm), "zero" or "symmetric" (the only one
-        that commutes with a -> a R, b -> R⁻¹ b).
+      x: which of the minimisers: "sylvester" (minimum norm), "zero", "symmetric" (the only one that
+        commutes with a -> a R, b -> R⁻¹ b) or "sequential" (what both factors can do is left to the
+        partner of the larger one).
       damping: relative to the mean eigenvalue of the larger Gram; "gram" raises it to the
         precision's epsilon.
       solver: "gram" is fast, with an error of κ² eps in g~ (κ the factors' condition number) or
@@ -128,7 +132,7 @@ def scale_by_lorapro_adam(
     b2: float | Array = 0.999,
     eps: float | Array = 1e-8,
     x: str = "sylvester",
-    damping: float | Array = 1e-6,
+    damping: float | Array | None = None,
     solver: str = "gram",
     mu_dtype: Any = None,
     layout: Layout | None = None,
@@ -138,17 +142,21 @@ def scale_by_lorapro_adam(
 
     "full" is the paper's: moments m, v of g~ itself, the direction U = m^ / (sqrt(v^) + eps), and
     the closed form once more on the gradients (s U bᵀ, s aᵀ U) that U would have caused. It
-    behaves like full fine-tuning and holds two (m, n) arrays a pair. "efficient" applies Adam to
-    the projected factors and holds what plain LoRA with Adam holds. Leaves in no pair get Adam.
+    behaves like full fine-tuning and holds two (m, n) arrays a pair. "factored" does the same with
+    the row and column means of g~² in the place of v, and m as a tangent vector that is carried
+    from one step's factors to the next one's: (m + n)(2r + 1) numbers a pair, and no (m, n) array.
+    "efficient" applies Adam to the projected factors and holds what plain LoRA with Adam holds.
+    Leaves in no pair get Adam.
 
     Args:
       scale: as in `lorapro`.
-      mode: "full" or "efficient".
+      mode: "full", "factored" or "efficient".
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the root of the second moment.
-      x: as in `lorapro`; full mode's last projection uses it too.
-      damping: as in `lorapro`.
+      x: as in `lorapro`; the last projection of full and factored mode uses it too.
+      damping: as in `lorapro`. None: 1e-6, in efficient mode 1; there a large one makes it LoRA
+        under Adam, a small one lets Adam remember the steps right after b = 0, which are huge.
       solver: as in `lorapro`.
       mu_dtype: dtype of the first moment; the second is always float32 or better.
       layout: as in `lorapro`.
@@ -169,21 +177,26 @@ def scale_by_lorapro_adam(
       (1, 6, 4)
 
     References:
-      Wang et al., LoRA-Pro, arXiv:2407.18242: Algorithm 2 (full), version 2 (efficient).
+      Wang et al., LoRA-Pro, arXiv:2407.18242: Algorithm 2 (full), version 2 (efficient). Factored
+      mode is ours; its second moment is that of Shazeer and Stern, Adafactor, arXiv:1804.04235.
     """
     adam = Adam(b1, b2, eps, mu_dtype)
-    rule = _rule(mode, adam, scale, ClosedForm(x, damping, solver), keeps_factors=True)
+    rule = _rule(mode, adam, scale, _form(mode, x, damping, solver), keeps_factors=True)
     find = functools.partial(find_pairs, layout=layout, require_pairs=require_pairs)
     return pairwise(rule, _adam(adam), find, scale)
 
 
-def _rule(
-    mode: str, adam: Adam, scale: Scale, form: ClosedForm, *, keeps_factors: bool
-) -> Rule:
-    """The rule of a mode, its arguments checked."""
+def _form(mode: str, x: str, damping: float | Array | None, solver: str) -> ClosedForm:
+    """The closed form of a mode, its arguments checked."""
     check_one_of("mode", mode, MODES)
-    check_scale(scale)
+    form = ClosedForm(x, _DAMPING[mode] if damping is None else damping, solver)
     form.check()
+    return form
+
+
+def _rule(mode: str, adam: Adam, scale: Scale, form: ClosedForm, *, keeps_factors: bool) -> Rule:
+    """The rule of a mode, its other arguments checked."""
+    check_scale(scale)
     check_between("b1", adam.b1, 0.0, 1.0)
     check_between("b2", adam.b2, 0.0, 1.0)
     check_between("eps", adam.eps, 0.0, float("inf"))
@@ -204,10 +217,10 @@ def lorapro_adamw(
     eps: float | Array = 1e-8,
     weight_decay: float | Array = 0.0,
     x: str | None = None,
-    damping: float | Array = 1e-6,
+    damping: float | Array | None = None,
     solver: str = "gram",
     mu_dtype: Any = None,
-    radius: float | Array | None = 0.2,
+    radius: float | Array | None = 0.1,
     layout: Layout | None = None,
     require_pairs: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
@@ -217,18 +230,28 @@ def lorapro_adamw(
     is multiplied by sqrt(1 - lr wd). The base weights are frozen and do not decay. Leaves in no
     pair decay as in `optax.adamw`.
 
+    Knowing the rate, full and factored mode take a better step than the two factors' own: one
+    factor moves, the other is fitted to its new value, so that the weight changes as it was meant
+    to, and the change is bounded. Factored mode then needs no old factors: (m + n)(r + 1) numbers
+    a pair. A rule that changes the updates afterwards would break this; put it before.
+
     Args:
-      learning_rate: a number or an optax schedule. In full mode rates are full fine-tuning's.
+      learning_rate: a number or an optax schedule. In full and factored mode rates are full
+        fine-tuning's.
       scale: as in `lorapro`.
-      mode: "full" or "efficient", as in `scale_by_lorapro_adam`.
+      mode: "full", "factored" or "efficient", as in `scale_by_lorapro_adam`.
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the root of the second moment.
       weight_decay: wd above.
-      x: as in `lorapro`.
-      damping: as in `lorapro`.
+      x: as in `lorapro`. None: "sequential" in full and factored mode, where it makes the step the
+        one above (no other choice does), and "sylvester" in efficient mode.
+      damping: as in `scale_by_lorapro_adam`.
       solver: as in `lorapro`.
       mu_dtype: dtype of the first moment.
+      radius: bound on a step's change of the pair's weight, ||s d(a b)|| in the Frobenius norm, in
+        units of s max(tr aᵀa, tr b bᵀ) / r; None: no bound. Not in efficient mode, where Adam
+        bounds the factors' steps.
       layout: as in `lorapro`.
       require_pairs: as in `lorapro`.
 
@@ -236,7 +259,8 @@ def lorapro_adamw(
       A GradientTransformationExtraArgs whose updates are to be added to the parameters.
 
     Raises:
-      ValueError: a negative learning rate or decay, and whatever `scale_by_lorapro_adam` raises.
+      ValueError: a negative learning rate, decay or radius, and whatever `scale_by_lorapro_adam`
+        raises.
 
     Example:
       >>> import jax.numpy as jnp, lorapro_jax as lp, optax
@@ -247,12 +271,15 @@ def lorapro_adamw(
     References:
       Wang et al., LoRA-Pro, arXiv:2407.18242; the first release's code for the decay.
     """
+    if radius is not None:
+        check_between("radius", radius, 0.0, float("inf"))
     if not callable(learning_rate):
         check_between("learning_rate", learning_rate, 0.0, float("inf"))
     check_between("weight_decay", weight_decay, 0.0, float("inf"))
     adam = Adam(b1, b2, eps, mu_dtype)
     projects = mode != "efficient"  # Adam comes last there: its steps are no projections
-    form = ClosedForm(x or ("sequential" if projects else "sylvester"), damping, solver)
+    x = x or ("sequential" if projects else "sylvester")
+    form = _form(mode, x, damping, solver)
     rule = _rule(mode, adam, scale, form, keeps_factors=False)
     rest = optax.chain(
         _adam(adam),

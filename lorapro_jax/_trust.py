@@ -1,4 +1,4 @@
-"""A step of one pair that changes its weight as was asked, and by no more than a trust region allows.
+"""A step of one pair that changes its weight as was asked, within a trust region.
 
 Factors that both move by -t (da, db) change the weight s a b by
 
@@ -45,10 +45,7 @@ def step(
     r = da.shape[-1]
     left = gram_left(*[jnp.concatenate([p.a, da], axis=-1)] * 2)
     right = gram_right(*[jnp.concatenate([p.b, db])] * 2)
-    if radius is None:
-        t = rate
-    else:
-        t = _allowed(left, right, rate, radius)
+    t = rate if radius is None else _allowed(left, right, rate, radius)
     if retracts:
         b_first = jnp.trace(left[:r, :r]) >= jnp.trace(right[:r, :r])
         fit = _fit(jnp.where(b_first, right, left), t)

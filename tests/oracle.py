@@ -85,7 +85,7 @@ class Adam:
 
 
 class Factored:
-    """Factored mode's direction on the full gradient, dense: T and 1 / sqrt(v^) as (m, n) arrays."""
+    """Factored mode's direction, with T and v^ as (m, n) arrays, from the full gradient."""
 
     def __init__(self, shape, b1=0.9, b2=0.999, eps=1e-8):
         self.T, self.row, self.col = np.zeros(shape), np.zeros(shape[0]), np.zeros(shape[1])

@@ -93,7 +93,7 @@ def shapes_in(jaxpr):
 
 
 def dense_values(tx, m, n):
-    """Shapes with an m and an n, or with as many entries, in one update of a pair and of a stack."""
+    """Shapes with an m and an n, or of m n entries, in one update of a pair and of a stack."""
     params = {
         "q": {"lora_a": jnp.ones((m, 3)), "lora_b": jnp.ones((3, n))},
         "layers_0": {"lora_a": jnp.ones((m, 3)), "lora_b": jnp.ones((3, n))},
@@ -141,9 +141,7 @@ def test_the_first_moment_may_be_bfloat16(x64):
     tx = lp.lorapro_adamw(1e-3, SCALE, mode="factored", mu_dtype=jnp.bfloat16)
     state = tx.init(params)
     _, after = tx.update(grads, state, params)
-    assert {x.dtype for x in jax.tree.leaves((after.mu_a, after.mu_b))} == {
-        jnp.dtype(jnp.bfloat16)
-    }
+    assert {x.dtype for x in jax.tree.leaves((after.mu_a, after.mu_b))} == {jnp.dtype(jnp.bfloat16)}
     assert {x.dtype for x in jax.tree.leaves((after.row, after.col))} == {jnp.dtype(jnp.float64)}
     jax.tree.map(lambda x, y: x.dtype == y.dtype or pytest.fail("dtype changed"), state, after)
 

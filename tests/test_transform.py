@@ -180,7 +180,7 @@ def test_full_mode_is_a_dense_numpy_adam_over_100_steps(x64):
     params, _, dense = trees.make(seed=1, shapes=shapes)
     targets = {k: 3 * G for k, (_, _, G) in dense.items()}
     rate = 1e-2
-    tx = lp.lorapro_adamw(rate, SCALE, mode="full", damping=0.0)
+    tx = lp.lorapro_adamw(rate, SCALE, mode="full", damping=0.0, x="sylvester", radius=None)
     loss = quadratic(dense, targets)
     factors = {k: (a, b) for k, (a, b, _) in dense.items()}
     adams = {k: oracle.Adam(G.shape) for k, (_, _, G) in dense.items()}
@@ -465,7 +465,9 @@ def test_a_scale_that_is_no_scale(scale):
 
 
 def test_unknown_names_and_numbers_out_of_range():
-    with pytest.raises(ValueError, match="mode must be one of full, efficient, not 'fast'"):
+    with pytest.raises(
+        ValueError, match="mode must be one of full, factored, efficient, not 'fast'"
+    ):
         lp.scale_by_lorapro_adam(SCALE, mode="fast")
     with pytest.raises(ValueError, match="x must be one of sylvester, zero, symmetric"):
         lp.lorapro(SCALE, x="newton")
