@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from lorapro_jax import _solve
 from lorapro_jax._batch import Adam, Scale, aligned, first_steps, groups, problem, unstacked
-from lorapro_jax._checks import check_between, check_scale
+from lorapro_jax._checks import check_between, check_one_of, check_scale
 from lorapro_jax._closed_form import ClosedForm
 from lorapro_jax._efficient import efficient_rule
 from lorapro_jax._factored import factored_rule
