@@ -5,10 +5,14 @@ The moments are those of the equivalent gradient g~ = s (da b + a db):
     second   row means R and column means C of g~², as in Adafactor: v^ = R Cᵀ / mean(R)
     first    T = s (n_a b + a n_b), a tangent vector of the pairs of rank r
 
-The direction T / sqrt(v^) = D_l T D_r is projected onto the tangent space by the closed form. When
-the factors move, T is projected onto the tangent space at the new ones. The closed form needs to
-know T by (s T bᵀ, s aᵀ T) only, as it knows a gradient. So T is carried over in that form, averaged
-with the gradients and solved for once.
+Full fine-tuning's step is T / sqrt(v^) = D_l T D_r, with diagonals D. The step taken is the nearest
+tangent vector in Adam's own norm of steps, ||D_l^-½ X D_r^-½||: the closed form at D_l^-½ a and
+b D_r^-½ for D_l^½ T D_r^½. The nearest in the plain norm jumps more in the first steps and learns
+less at high rates, for it spends itself on the rows and columns that Adam enlarges most.
+
+When the factors move, T is projected onto the tangent space at the new ones. Every solve needs to
+know T by (s T bᵀ, s aᵀ T) only, as it knows a gradient. So T is carried over in that form and
+averaged with the gradients.
 """
 
 import functools
@@ -87,13 +91,14 @@ def _step(
     mu = old.mu_a.astype(a.dtype), old.mu_b.astype(a.dtype)
     if old.a is not None and old.b is not None:
         mu = carried(*mu, old.a, old.b, a, b, s)
-    n_a, n_b = solve(_average(h_a, mu[0], b1), _average(h_b, mu[1], b1))
-    kept = (None, None) if old.a is None else (a, b)
-    left, right = _root_inverses(row, col, 1 - jnp.asarray(b2, row.dtype) ** count, eps)
+    mu = _average(h_a, mu[0], b1), _average(h_b, mu[1], b1)
+    left, right = _root_scales(row, col, 1 - jnp.asarray(b2, row.dtype) ** count, eps)
     unbiased = 1 / (1 - jnp.asarray(b1, row.dtype) ** count)
-    direction = solve(*_conditioned(n_a * unbiased, n_b * unbiased, a, b, left, right, s))
-    mu = (n_a, n_b) if old.a is None else (_stored(n_a, adam), _stored(n_b, adam))
-    return direction, Fields(*mu, row, col, *kept)
+    direction = _preconditioned(form, a, b, mu[0] * unbiased, mu[1] * unbiased, s, left, right)
+    n_a, n_b = solve(*mu)
+    if old.a is None:  # float32 until `carry` has had them
+        return direction, Fields(n_a, n_b, row, col, None, None)
+    return direction, Fields(_stored(n_a, adam), _stored(n_b, adam), row, col, a, b)
 
 
 def _stored(mu: Array, adam: Adam) -> Array:
@@ -123,18 +128,27 @@ def carried(
     )
 
 
-def _root_inverses(
+def _root_scales(
     row: Float[Array, "*m"], col: Float[Array, "*n"], correction: Array, eps: Any
 ) -> tuple[Float[Array, "*m"], Float[Array, "*n"]]:
-    """D_l and D_r, diagonals with D_l D_rᵀ = 1 / sqrt(v^); eps² is added to both means of g~²."""
+    """D_l^½ and D_r^½ with D_l D_rᵀ = 1 / sqrt(v^); eps² is added to both means of g~²."""
     floor = jnp.asarray(eps, row.dtype) ** 2 + jnp.finfo(row.dtype).tiny
     row, col = row / correction + floor, col / correction + floor
-    return jnp.sqrt(jnp.mean(row) / row), 1 / jnp.sqrt(col)
+    return (jnp.mean(row) / row) ** 0.25, col**-0.25
 
 
-def _conditioned(n_a, n_b, a, b, left, right, s) -> tuple[Array, Array]:
-    """(s U bᵀ, s aᵀ U) of U = D_l T D_r."""
-    L = jnp.concatenate([n_a, a], axis=-1) * left[..., None]
-    R = jnp.concatenate([b, n_b]) * right[None]
-    s2 = s * s
-    return dot(L, gram_right(R, b) * s2), dot(gram_left(a, L) * s2, R)
+def _preconditioned(
+    form: ClosedForm,
+    a: Float[Array, "*m r"],
+    b: Float[Array, "r *n"],
+    h_a: Float[Array, "*m r"],
+    h_b: Float[Array, "r *n"],
+    s: Float[Array, ""],
+    left: Float[Array, "*m"],
+    right: Float[Array, "*n"],
+) -> tuple[Float[Array, "*m r"], Float[Array, "r *n"]]:
+    """The tangent vector nearest to D_l T D_r, for the roots of D and the projections of T."""
+    left, right = left[..., None], right[None]
+    a, b = a / left, b / right
+    da, db = form.step(form.decompose(a, b), a, b, h_a * left, h_b * right, s)
+    return da * left, db * right

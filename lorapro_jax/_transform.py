@@ -220,7 +220,7 @@ def lorapro_adamw(
     damping: float | Array | None = None,
     solver: str = "gram",
     mu_dtype: Any = None,
-    radius: float | Array | None = 0.1,
+    radius: float | Array | None = 0.05,
     layout: Layout | None = None,
     require_pairs: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
