@@ -22,8 +22,8 @@ import lorapro_jax as lp
 from experiments.models import bert, llama
 from lorapro_jax import nnx as lora
 
-# LoRA-Pro in its two modes, AdamW on the factors, and the least update that uses every gradient.
-MODES = ("efficient", "full", "lora", "sgd")
+# LoRA-Pro in its three modes, AdamW on the factors, and the least update that uses every gradient.
+MODES = ("efficient", "factored", "full", "lora", "sgd")
 HEAD = r"head/.*"  # minilm's, fresh: trained beside the adapters
 MINILM = bert.BertConfig(
     vocab_size=30_522,

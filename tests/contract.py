@@ -68,8 +68,10 @@ FACTORIES = {"lorapro": sgd, "scale_by_lorapro_adam": adam, "lorapro_adamw": lp.
 OPTIMIZERS = [
     ("lorapro", {}),
     ("scale_by_lorapro_adam", {"mode": "full"}),
+    ("scale_by_lorapro_adam", {"mode": "factored"}),
     ("scale_by_lorapro_adam", {"mode": "efficient"}),
     ("lorapro_adamw", {"mode": "full"}),
+    ("lorapro_adamw", {"mode": "factored"}),
     ("lorapro_adamw", {"mode": "efficient"}),
 ]
 RATES = {"learning_rate": 1e-2, "scale": SCALE, "damping": 1e-6}

@@ -22,7 +22,7 @@ import lorapro_jax as lp
 
 EIGHT = jax.device_count() == 8
 on_eight = pytest.mark.skipif(not EIGHT, reason="runs in the process with eight devices")
-MODES = ("lorapro", "efficient", "full")
+MODES = ("lorapro", "efficient", "factored", "full")
 AXES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 R = 5
 # name: shapes of a and b, and their specs. Every factor has an axis of a size in FACTOR_SIZES.
@@ -172,7 +172,7 @@ def test_experts_on_their_own_devices(kind, mode):
 @on_eight
 @pytest.mark.parametrize("kind", AXES)
 def test_rows_and_columns_on_one_mesh_axis(kind):
-    for mode in ("lorapro", "efficient"):
+    for mode in MODES[:-1]:
         check(kind, mode, CLASH)
     check(kind, "full", CLASH, may_move=True)
 
@@ -198,7 +198,7 @@ def test_moments_are_sharded_as_the_kernel_where_factors_are_replicated(kind):
 
 
 @on_eight
-@pytest.mark.parametrize("mode", ["efficient", "full"])
+@pytest.mark.parametrize("mode", ["efficient", "factored", "full"])
 def test_a_state_saved_on_one_mesh_goes_on_on_another(tmp_path, mode):
     params, grads, specs = trees({name: SHAPES[name] for name in ("both", "layers", "heads")})
     tx = transformation(mode, params)

@@ -307,7 +307,7 @@ def linen_tree():
     return {name: params[name] | lora[name] for name in params}, loss_of
 
 
-@pytest.mark.parametrize("mode", ["full", "efficient"])
+@pytest.mark.parametrize("mode", ["full", "factored", "efficient"])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_optax_wrappers(wrapper, mode):
     params, loss_of = linen_tree()
