@@ -6,6 +6,8 @@ first of them (scanned layers), unless the type of its factors says that this ax
 """
 
 import functools
+import math
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +20,11 @@ from lorapro_jax._batch import Adam, Group, Problem, first_steps, over_batch, st
 from lorapro_jax._closed_form import ClosedForm
 from lorapro_jax._layouts import kernel_spec
 from lorapro_jax._pairwise import Rule
-from lorapro_jax._sharding import explicit, spec_of
+from lorapro_jax._sharding import explicit, possible_shards, spec_of
+
+
+_BLOCK_BYTES = int(os.environ.get("BB", 1 << 20))
+_MIN_ROWS = int(os.environ.get("MR", 1))
 
 
 class FullState(NamedTuple):
@@ -68,36 +74,90 @@ def _adam(
     adam: Adam,
 ) -> tuple[Array, Array, Array, Array]:
     """A group's new moments, and the factor gradients that Adam's direction would cause."""
+    rows = len(group.batch)  # the axis that is cut into blocks
+    parts = math.gcd(group.m[0], possible_shards(p.a))
+    da, db = taken
+    a, da, mu, nu = (_parted(x, rows, parts) for x in (p.a, da, *moments))
+    one = functools.partial(_one_block, p._replace(a=a), group, db, count, adam)
+    # A block's rows of da are not needed once its g~ is formed: those of h_a take their place.
+    carry = mu, nu, da, jnp.zeros_like(db)
+    pairs = group.batch[0] if spec_of(p.a)[0] is None else None  # None: each device has its own
+    for start, size, blocks in _blocks(group, parts):
+        def step(i, carry, start=start, size=size, blocks=blocks):
+            pair = None if pairs is None else i // blocks
+            return one(Place(pair, rows + 1, start + i % blocks * size, size), carry)
+        carry = lax.fori_loop(0, (pairs or 1) * blocks, step, carry)
+    mu, nu, h_a, h_b = carry
+    mu, nu, h_a = (_whole(x, y, rows) for x, y in ((mu, moments[0]), (nu, moments[1]), (h_a, p.a)))
+    return mu, nu, h_a, h_b
+
+
+class Place(NamedTuple):
+    """Where a block lies: in which pair of a group (None: in all), and in which rows."""
+
+    pair: Any
+    axis: int
+    start: Any
+    size: int
+
+    def index(self, x: Array, *, cut: bool):
+        starts, sizes = [jnp.zeros((), jnp.int32)] * x.ndim, list(x.shape)
+        if self.pair is not None:
+            starts[0], sizes[0] = self.pair, 1
+        if cut:
+            starts[self.axis], sizes[self.axis] = self.start, self.size
+        return starts, sizes
+
+    def read(self, x: Array, *, cut: bool = False) -> Array:
+        return lax.dynamic_slice(x, *self.index(x, cut=cut))
+
+    def write(self, x: Array, new: Array, *, cut: bool = False) -> Array:
+        return lax.dynamic_update_slice(x, new, self.index(x, cut=cut)[0])
+
+
+def _one_block(p, group, db, count, adam, place, carry):
     b1, b2, eps, _ = adam
     correction_1, correction_2 = (jnp.asarray(1 - decay**count, p.a.dtype) for decay in (b1, b2))
     project, equivalent = (
         over_batch(f, group) for f in (_solve.project, _solve.equivalent_gradient)
     )
+    rows = functools.partial(place.read, cut=True)
+    put = functools.partial(place.write, cut=True)
+    # XLA's CPU backend updates a moment where it lies, in one pass, if it is read at the very
+    # index where it is written, with no reshape between, and read back for the direction.
+    # Otherwise it copies the whole group's for every pair.
+    mu, nu, da, h_b = carry
+    a, b, s = rows(p.a), place.read(p.b), place.read(p.s)
+    g = equivalent(a, b, rows(da), place.read(db), s, rows(mu))
+    mu = put(mu, _average(g, rows(mu), b1))
+    nu = put(nu, _average(g * g, rows(nu), b2))
+    m = rows(mu).astype(g.dtype) / correction_1
+    U = m / (jnp.sqrt(rows(nu) / correction_2) + eps)
+    more_a, more_b = project(a, b, U, s)
+    return mu, nu, put(da, more_a), place.write(h_b, place.read(h_b) + more_b)
 
-    def some(at, put, carry):
-        # XLA's CPU backend updates a moment where it lies, in one pass, if it is read at the very
-        # index where it is written, with no reshape between, and read back for the direction.
-        # Otherwise it copies the whole group's for every pair.
-        mu, nu, da, db = carry
-        a, b, s = at(p.a), at(p.b), at(p.s)
-        g = equivalent(a, b, at(da), at(db), s, at(mu))
-        mu = put(mu, _average(g, at(mu), b1))
-        nu = put(nu, _average(g * g, at(nu), b2))
-        m = at(mu).astype(g.dtype) / correction_1
-        U = m / (jnp.sqrt(at(nu) / correction_2) + eps)
-        h_a, h_b = project(a, b, U, s)
-        return mu, nu, put(da, h_a), put(db, h_b)
 
-    def one(i, carry):
-        at = functools.partial(lax.dynamic_slice_in_dim, start_index=i, slice_size=1)
-        put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=i, axis=0)
-        return some(at, put, carry)
+def _blocks(group: Group, parts: int) -> list[tuple[int, int, int]]:
+    size = group.m[0] // parts
+    row = parts * math.prod(group.m[1:]) * math.prod(group.n) * group.dtype.itemsize
+    wanted = max(1, min(size, max(_BLOCK_BYTES // row, _MIN_ROWS)))
+    if wanted == size:
+        return [(0, size, 1)]
+    divisors = [k for k in range(wanted, wanted // 2, -1) if size % k == 0]
+    block = divisors[0] if divisors else wanted
+    blocks, rest = divmod(size, block)
+    return [(0, block, blocks)] + ([(blocks * block, rest, 1)] if rest else [])
 
-    # A pair's (da, db) are not needed once its g~ is formed: h_a and h_b take their place.
-    carry = *moments, *taken
-    if spec_of(p.a)[0] is not None:  # each device has its own part of the batch
-        return some(lambda x: x, lambda old, new: new, carry)
-    return lax.fori_loop(0, group.batch[0], one, carry)
+
+def _parted(x: Array, axis: int, parts: int) -> Array:
+    spec = list(spec_of(x))
+    shape = *x.shape[:axis], parts, x.shape[axis] // parts, *x.shape[axis + 1 :]
+    spec.insert(axis + 1, None)
+    return lax.reshape(x, shape, out_sharding=explicit(x, spec))
+
+
+def _whole(x: Array, like: Array, axis: int) -> Array:
+    return lax.reshape(x, like.shape, out_sharding=explicit(like, spec_of(like)))
 
 
 def _average(g: Array, moment: Array, decay: float | Array) -> Array:
