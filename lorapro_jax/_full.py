@@ -1,13 +1,17 @@
 """Full mode: Adam's moments of the equivalent gradient, two (m, n) arrays a pair (Algorithm 2).
 
-A group of pairs has its moments in one array, one behind the other, and a loop takes them in turn:
-what is dense beside them exists for one pair at a time. A pair with batch axes is looped over the
-first of them (scanned layers), unless the type of its factors says that this axis is sharded.
+A group of pairs has its moments in one array, one behind the other, and a loop takes them in turn,
+a block of rows of one pair at a time: g~ and the direction U exist for one block. A pair with batch
+axes is looped over the first of them (scanned layers), unless the type of its factors says that
+this axis is sharded.
+
+Rows may be sharded, and with automatic axes nobody can tell before XLA does. A slice of a sharded
+axis would be gathered. So the rows (m,) are viewed as (parts, m / parts), with as many parts as
+there could be shards, and a block is a slice of the second axis: some rows of every part.
 """
 
 import functools
 import math
-import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -23,8 +27,14 @@ from lorapro_jax._pairwise import Rule
 from lorapro_jax._sharding import explicit, possible_shards, spec_of
 
 
-_BLOCK_BYTES = int(os.environ.get("BB", 1 << 20))
-_MIN_ROWS = int(os.environ.get("MR", 1))
+# Bytes of one (rows, n) array of a block. On 2 CPU cores with 1 MiB of L2 each and 32 MiB of L3,
+# 4 MiB is fastest at 4096 x 4096, r = 8 (0.25 MiB: 1.6 times its time, 16 MiB: 1.3 times).
+_CPU_BLOCK = 4 << 20
+# Elsewhere every block costs kernel launches and nothing of it stays in a cache: only a bound on
+# the temporary memory. Not measured.
+_BLOCK = 256 << 20
+# Rows of a block, in ranks, at least: each block reads b and db and adds to h_b, 3 r rows of n.
+_ROWS_PER_RANK = 2
 
 
 class FullState(NamedTuple):
@@ -69,94 +79,154 @@ def _adam(
     p: Problem,
     group: Group,
     taken: tuple[Array, Array],
-    moments: tuple[Any, ...],
+    moments: tuple[Array, Array],
     count: Array,
     adam: Adam,
 ) -> tuple[Array, Array, Array, Array]:
     """A group's new moments, and the factor gradients that Adam's direction would cause."""
-    rows = len(group.batch)  # the axis that is cut into blocks
     parts = math.gcd(group.m[0], possible_shards(p.a))
-    da, db = taken
-    a, da, mu, nu = (_parted(x, rows, parts) for x in (p.a, da, *moments))
-    one = functools.partial(_one_block, p._replace(a=a), group, db, count, adam)
-    # A block's rows of da are not needed once its g~ is formed: those of h_a take their place.
-    carry = mu, nu, da, jnp.zeros_like(db)
-    pairs = group.batch[0] if spec_of(p.a)[0] is None else None  # None: each device has its own
-    for start, size, blocks in _blocks(group, parts):
-        def step(i, carry, start=start, size=size, blocks=blocks):
-            pair = None if pairs is None else i // blocks
-            return one(Place(pair, rows + 1, start + i % blocks * size, size), carry)
-        carry = lax.fori_loop(0, (pairs or 1) * blocks, step, carry)
+    here, elsewhere = (_blocks(group, parts, size) for size in (_CPU_BLOCK, _BLOCK))
+    cpu, default = (
+        functools.partial(_by_blocks, p, group, adam, parts, blocks) for blocks in (here, elsewhere)
+    )
+    if here == elsewhere:
+        return cpu(taken, moments, count)
+    return lax.platform_dependent(taken, moments, count, cpu=cpu, default=default)
+
+
+class Blocks(NamedTuple):
+    """Blocks of as many rows each, one behind the other."""
+
+    start: int
+    rows: int  # of each part
+    count: int
+
+
+def _blocks(group: Group, parts: int, size: int) -> list[Blocks]:
+    """The rows of a part in blocks of about `size` bytes over all parts, and what is left over."""
+    rows = group.m[0] // parts
+    row = parts * math.prod(group.m[1:]) * math.prod(group.n) * group.dtype.itemsize
+    least = -(-_ROWS_PER_RANK * group.pairs[0].rank // parts)
+    wanted = max(size // row, least) if row else rows
+    if wanted >= rows:
+        return [Blocks(0, rows, 1)]
+    # a remainder is a second loop to compile: rather blocks of down to half the size
+    divisors = (k for k in range(wanted, wanted // 2, -1) if rows % k == 0)
+    block = next(divisors, wanted)
+    count, rest = divmod(rows, block)
+    return [Blocks(0, block, count), *([Blocks(rows - rest, rest, 1)] if rest else [])]
+
+
+def _by_blocks(
+    p: Problem,
+    group: Group,
+    adam: Adam,
+    parts: int,
+    blocks: list[Blocks],
+    taken: tuple[Array, Array],
+    moments: tuple[Array, Array],
+    count: Array,
+) -> tuple[Array, Array, Array, Array]:
+    """`_adam`, a block of rows of one pair at a time."""
+    axis = len(group.batch)  # of the rows; of those of a part, one more
+    cut = len(blocks) > 1 or blocks[0].count > 1
+    view = functools.partial(_parted, axis=axis, parts=parts) if cut else lambda x: x
+    a, da, *dense = map(view, (p.a, taken[0], *moments))
+    one = functools.partial(_one_block, p._replace(a=a), group, adam, taken[1], count)
+
+    def pair(i, carry):
+        if not cut:
+            return one(Place(i, axis), carry)
+        for start, rows, number in blocks:
+
+            def block(j, carry, start=start, rows=rows):
+                return one(Place(i, axis + 1, start + j * rows, rows), carry)
+
+            carry = lax.fori_loop(0, number, block, carry)
+        return carry
+
+    # A block's rows of da are not needed once its g~ is formed: those of h_a take their place. All
+    # blocks need db, so that h_b, a sum over the blocks, gets an array of its own.
+    carry = *dense, da, jnp.zeros_like(taken[1])
+    if spec_of(p.a)[0] is not None:  # each device has its own part of the batch
+        carry = pair(None, carry)
+    else:
+        carry = lax.fori_loop(0, group.batch[0], pair, carry)
     mu, nu, h_a, h_b = carry
-    mu, nu, h_a = (_whole(x, y, rows) for x, y in ((mu, moments[0]), (nu, moments[1]), (h_a, p.a)))
+    if cut:
+        mu, nu, h_a = map(_shaped_like, (mu, nu, h_a), (*moments, p.a))
     return mu, nu, h_a, h_b
 
 
 class Place(NamedTuple):
-    """Where a block lies: in which pair of a group (None: in all), and in which rows."""
+    """Where a block lies."""
 
-    pair: Any
-    axis: int
-    start: Any
-    size: int
+    pair: Any  # index in the group; None: all of them
+    axis: int  # of the rows
+    start: Any = 0
+    rows: int | None = None  # None: all of them
 
-    def index(self, x: Array, *, cut: bool):
-        starts, sizes = [jnp.zeros((), jnp.int32)] * x.ndim, list(x.shape)
+    def read(self, x: Array, *, whole: bool = False) -> Array:
+        """The block of an array with rows, or what a pair has in one that has none."""
+        starts, sizes = self._starts(x, whole), list(x.shape)
         if self.pair is not None:
-            starts[0], sizes[0] = self.pair, 1
-        if cut:
-            starts[self.axis], sizes[self.axis] = self.start, self.size
-        return starts, sizes
+            sizes[0] = 1
+        if not (whole or self.rows is None):
+            sizes[self.axis] = self.rows
+        return lax.dynamic_slice(x, starts, sizes)
 
-    def read(self, x: Array, *, cut: bool = False) -> Array:
-        return lax.dynamic_slice(x, *self.index(x, cut=cut))
+    def write(self, x: Array, new: Array, *, whole: bool = False) -> Array:
+        """`x` with `new` where `read` reads."""
+        return lax.dynamic_update_slice(x, new, self._starts(x, whole))
 
-    def write(self, x: Array, new: Array, *, cut: bool = False) -> Array:
-        return lax.dynamic_update_slice(x, new, self.index(x, cut=cut)[0])
+    def _starts(self, x: Array, whole: bool) -> list[Any]:
+        starts: list[Any] = [0] * x.ndim
+        if self.pair is not None:
+            starts[0] = self.pair
+        if not (whole or self.rows is None):
+            starts[self.axis] = self.start
+        return starts
 
 
-def _one_block(p, group, db, count, adam, place, carry):
+def _one_block(
+    p: Problem,
+    group: Group,
+    adam: Adam,
+    db: Array,
+    count: Array,
+    place: Place,
+    carry: tuple[Array, Array, Array, Array],
+) -> tuple[Array, Array, Array, Array]:
+    """(mu, nu, da or h_a, h_b) with one block done."""
     b1, b2, eps, _ = adam
     correction_1, correction_2 = (jnp.asarray(1 - decay**count, p.a.dtype) for decay in (b1, b2))
     project, equivalent = (
         over_batch(f, group) for f in (_solve.project, _solve.equivalent_gradient)
     )
-    rows = functools.partial(place.read, cut=True)
-    put = functools.partial(place.write, cut=True)
+    at, put, pairs = place.read, place.write, functools.partial(place.read, whole=True)
     # XLA's CPU backend updates a moment where it lies, in one pass, if it is read at the very
     # index where it is written, with no reshape between, and read back for the direction.
-    # Otherwise it copies the whole group's for every pair.
+    # Otherwise it copies the whole group's for every block.
     mu, nu, da, h_b = carry
-    a, b, s = rows(p.a), place.read(p.b), place.read(p.s)
-    g = equivalent(a, b, rows(da), place.read(db), s, rows(mu))
-    mu = put(mu, _average(g, rows(mu), b1))
-    nu = put(nu, _average(g * g, rows(nu), b2))
-    m = rows(mu).astype(g.dtype) / correction_1
-    U = m / (jnp.sqrt(rows(nu) / correction_2) + eps)
-    more_a, more_b = project(a, b, U, s)
-    return mu, nu, put(da, more_a), place.write(h_b, place.read(h_b) + more_b)
-
-
-def _blocks(group: Group, parts: int) -> list[tuple[int, int, int]]:
-    size = group.m[0] // parts
-    row = parts * math.prod(group.m[1:]) * math.prod(group.n) * group.dtype.itemsize
-    wanted = max(1, min(size, max(_BLOCK_BYTES // row, _MIN_ROWS)))
-    if wanted == size:
-        return [(0, size, 1)]
-    divisors = [k for k in range(wanted, wanted // 2, -1) if size % k == 0]
-    block = divisors[0] if divisors else wanted
-    blocks, rest = divmod(size, block)
-    return [(0, block, blocks)] + ([(blocks * block, rest, 1)] if rest else [])
+    a, b, s = at(p.a), pairs(p.b), pairs(p.s)
+    g = equivalent(a, b, at(da), pairs(db), s, at(mu))
+    mu = put(mu, _average(g, at(mu), b1))
+    nu = put(nu, _average(g * g, at(nu), b2))
+    m = at(mu).astype(g.dtype) / correction_1
+    U = m / (jnp.sqrt(at(nu) / correction_2) + eps)
+    h_a, more = project(a, b, U, s)
+    return mu, nu, put(da, h_a), put(h_b, pairs(h_b) + more, whole=True)
 
 
 def _parted(x: Array, axis: int, parts: int) -> Array:
-    spec = list(spec_of(x))
+    """`x` with that axis as two, (parts, rows of a part)."""
     shape = *x.shape[:axis], parts, x.shape[axis] // parts, *x.shape[axis + 1 :]
+    spec = list(spec_of(x))
     spec.insert(axis + 1, None)
     return lax.reshape(x, shape, out_sharding=explicit(x, spec))
 
 
-def _whole(x: Array, like: Array, axis: int) -> Array:
+def _shaped_like(x: Array, like: Array) -> Array:
     return lax.reshape(x, like.shape, out_sharding=explicit(like, spec_of(like)))
 
 
