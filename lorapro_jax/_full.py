@@ -5,9 +5,9 @@ a block of rows of one pair at a time: g~ and the direction U exist for one bloc
 axes is looped over the first of them (scanned layers), unless the type of its factors says that
 this axis is sharded.
 
-Rows may be sharded, and with automatic axes nobody can tell before XLA does. A slice of a sharded
-axis would be gathered. So the rows (m,) are viewed as (parts, m / parts), with as many parts as
-there could be shards, and a block is a slice of the second axis: some rows of every part.
+Only one device's rows are cut into blocks. A slice of a sharded axis would be gathered, and with
+automatic axes nobody can tell before XLA does whether the rows are sharded: where they could be,
+by the mesh that the factors' type names, a block is a whole pair.
 """
 
 import functools
@@ -26,9 +26,9 @@ from lorapro_jax._layouts import kernel_spec
 from lorapro_jax._pairwise import Rule
 from lorapro_jax._sharding import explicit, possible_shards, spec_of
 
-
 # Bytes of one (rows, n) array of a block. On 2 CPU cores with 1 MiB of L2 each and 32 MiB of L3,
 # 4 MiB is fastest at 4096 x 4096, r = 8 (0.25 MiB: 1.6 times its time, 16 MiB: 1.3 times).
+# Other jobs ran beside that measurement.
 _CPU_BLOCK = 4 << 20
 # Elsewhere every block costs kernel launches and nothing of it stays in a cache: only a bound on
 # the temporary memory. Not measured.
@@ -84,10 +84,9 @@ def _adam(
     adam: Adam,
 ) -> tuple[Array, Array, Array, Array]:
     """A group's new moments, and the factor gradients that Adam's direction would cause."""
-    parts = math.gcd(group.m[0], possible_shards(p.a))
-    here, elsewhere = (_blocks(group, parts, size) for size in (_CPU_BLOCK, _BLOCK))
+    here, elsewhere = (_blocks(p, group, size) for size in (_CPU_BLOCK, _BLOCK))
     cpu, default = (
-        functools.partial(_by_blocks, p, group, adam, parts, blocks) for blocks in (here, elsewhere)
+        functools.partial(_by_blocks, p, group, adam, blocks) for blocks in (here, elsewhere)
     )
     if here == elsewhere:
         return cpu(taken, moments, count)
@@ -95,76 +94,73 @@ def _adam(
 
 
 class Blocks(NamedTuple):
-    """Blocks of as many rows each, one behind the other."""
+    """Blocks of as many rows each; the last ends with the rows, if it overlaps another or not."""
 
-    start: int
-    rows: int  # of each part
+    size: int  # rows of a pair
+    rows: int  # of a block
     count: int
 
 
-def _blocks(group: Group, parts: int, size: int) -> list[Blocks]:
-    """The rows of a part in blocks of about `size` bytes over all parts, and what is left over."""
-    rows = group.m[0] // parts
-    row = parts * math.prod(group.m[1:]) * math.prod(group.n) * group.dtype.itemsize
-    least = -(-_ROWS_PER_RANK * group.pairs[0].rank // parts)
-    wanted = max(size // row, least) if row else rows
-    if wanted >= rows:
-        return [Blocks(0, rows, 1)]
-    # a remainder is a second loop to compile: rather blocks of down to half the size
-    divisors = (k for k in range(wanted, wanted // 2, -1) if rows % k == 0)
-    block = next(divisors, wanted)
-    count, rest = divmod(rows, block)
-    return [Blocks(0, block, count), *([Blocks(rows - rest, rest, 1)] if rest else [])]
+def _blocks(p: Problem, group: Group, size: int) -> Blocks:
+    """A pair's rows in blocks of about `size` bytes."""
+    rows = group.m[0]
+    if math.gcd(rows, possible_shards(p.a)) > 1:
+        return Blocks(rows, rows, 1)
+    row = math.prod(group.m[1:]) * math.prod(group.n) * group.dtype.itemsize
+    wanted = max(size // max(row, 1), _ROWS_PER_RANK * group.pairs[0].rank, 1)
+    count = max(-(-rows // wanted), 1)
+    return Blocks(rows, -(-rows // count), count)
 
 
 def _by_blocks(
     p: Problem,
     group: Group,
     adam: Adam,
-    parts: int,
-    blocks: list[Blocks],
+    blocks: Blocks,
     taken: tuple[Array, Array],
     moments: tuple[Array, Array],
     count: Array,
 ) -> tuple[Array, Array, Array, Array]:
     """`_adam`, a block of rows of one pair at a time."""
-    axis = len(group.batch)  # of the rows; of those of a part, one more
-    cut = len(blocks) > 1 or blocks[0].count > 1
-    view = functools.partial(_parted, axis=axis, parts=parts) if cut else lambda x: x
-    a, da, *dense = map(view, (p.a, taken[0], *moments))
-    one = functools.partial(_one_block, p._replace(a=a), group, adam, taken[1], count)
-
-    def pair(i, carry):
-        if not cut:
-            return one(Place(i, axis), carry)
-        for start, rows, number in blocks:
-
-            def block(j, carry, start=start, rows=rows):
-                return one(Place(i, axis + 1, start + j * rows, rows), carry)
-
-            carry = lax.fori_loop(0, number, block, carry)
-        return carry
-
+    one = functools.partial(_one_block, p, group, adam, taken[1], count)
     # A block's rows of da are not needed once its g~ is formed: those of h_a take their place. All
     # blocks need db, so that h_b, a sum over the blocks, gets an array of its own.
-    carry = *dense, da, jnp.zeros_like(taken[1])
-    if spec_of(p.a)[0] is not None:  # each device has its own part of the batch
-        carry = pair(None, carry)
-    else:
-        carry = lax.fori_loop(0, group.batch[0], pair, carry)
-    mu, nu, h_a, h_b = carry
-    if cut:
-        mu, nu, h_a = map(_shaped_like, (mu, nu, h_a), (*moments, p.a))
-    return mu, nu, h_a, h_b
+    carry = *moments, taken[0], jnp.zeros_like(taken[1])
+    together = spec_of(p.a)[0] is not None  # each device has its own part of the batch
+    if together and blocks.count == 1:
+        return one(Place(None), carry)
+    number = jnp.uint32((1 if together else group.batch[0]) * blocks.count)
+
+    def step(i, carry):
+        return one(_place(i, group, blocks, together=together), carry)
+
+    return lax.fori_loop(jnp.uint32(0), number, step, carry)
+
+
+def _place(i: Array, group: Group, blocks: Blocks, *, together: bool) -> "Place":
+    """Where step i of the loop is.
+
+    All indices are unsigned: signed ones could be negative, for XLA, and corrected at every use.
+    """
+    if blocks.count == 1:
+        return Place(i)
+    number = jnp.uint32(blocks.count)
+    pair, k = (None, i) if together else (lax.div(i, number), lax.rem(i, number))
+    start, last = k * jnp.uint32(blocks.rows), jnp.uint32(blocks.size - blocks.rows)
+    axis = len(group.batch)
+    if blocks.rows * blocks.count == blocks.size:
+        return Place(pair, axis, start, blocks.rows)
+    return Place(pair, axis, lax.min(start, last), blocks.rows, start - lax.min(start, last))
 
 
 class Place(NamedTuple):
     """Where a block lies."""
 
     pair: Any  # index in the group; None: all of them
-    axis: int  # of the rows
+    axis: int = 0  # of the rows
     start: Any = 0
     rows: int | None = None  # None: all of them
+    twice: Any = None  # so many of them belong to the block before
 
     def read(self, x: Array, *, whole: bool = False) -> Array:
         """The block of an array with rows, or what a pair has in one that has none."""
@@ -179,8 +175,15 @@ class Place(NamedTuple):
         """`x` with `new` where `read` reads."""
         return lax.dynamic_update_slice(x, new, self._starts(x, whole))
 
+    def fresh(self, new: Array, old: Array) -> Array:
+        """`new`, but `old` in the rows that belong to the block before."""
+        if self.twice is None:
+            return new
+        row = lax.broadcasted_iota(jnp.uint32, new.shape, self.axis)
+        return jnp.where(row < self.twice, old, new)
+
     def _starts(self, x: Array, whole: bool) -> list[Any]:
-        starts: list[Any] = [0] * x.ndim
+        starts: list[Any] = [jnp.uint32(0)] * x.ndim
         if self.pair is not None:
             starts[0] = self.pair
         if not (whole or self.rows is None):
@@ -203,31 +206,20 @@ def _one_block(
     project, equivalent = (
         over_batch(f, group) for f in (_solve.project, _solve.equivalent_gradient)
     )
-    at, put, pairs = place.read, place.write, functools.partial(place.read, whole=True)
+    at, put, fresh = place.read, place.write, place.fresh
+    pairs = functools.partial(place.read, whole=True)
     # XLA's CPU backend updates a moment where it lies, in one pass, if it is read at the very
     # index where it is written, with no reshape between, and read back for the direction.
     # Otherwise it copies the whole group's for every block.
     mu, nu, da, h_b = carry
     a, b, s = at(p.a), pairs(p.b), pairs(p.s)
     g = equivalent(a, b, at(da), pairs(db), s, at(mu))
-    mu = put(mu, _average(g, at(mu), b1))
-    nu = put(nu, _average(g * g, at(nu), b2))
+    mu = put(mu, fresh(_average(g, at(mu), b1), at(mu)))
+    nu = put(nu, fresh(_average(g * g, at(nu), b2), at(nu)))
     m = at(mu).astype(g.dtype) / correction_1
     U = m / (jnp.sqrt(at(nu) / correction_2) + eps)
-    h_a, more = project(a, b, U, s)
-    return mu, nu, put(da, h_a), put(h_b, pairs(h_b) + more, whole=True)
-
-
-def _parted(x: Array, axis: int, parts: int) -> Array:
-    """`x` with that axis as two, (parts, rows of a part)."""
-    shape = *x.shape[:axis], parts, x.shape[axis] // parts, *x.shape[axis + 1 :]
-    spec = list(spec_of(x))
-    spec.insert(axis + 1, None)
-    return lax.reshape(x, shape, out_sharding=explicit(x, spec))
-
-
-def _shaped_like(x: Array, like: Array) -> Array:
-    return lax.reshape(x, like.shape, out_sharding=explicit(like, spec_of(like)))
+    h_a, more = project(a, b, fresh(U, jnp.zeros_like(U)), s)
+    return mu, nu, put(da, fresh(h_a, at(da))), put(h_b, pairs(h_b) + more, whole=True)
 
 
 def _average(g: Array, moment: Array, decay: float | Array) -> Array:

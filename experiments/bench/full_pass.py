@@ -2,15 +2,14 @@
 
     python -m experiments.bench.full_pass [--rounds 10]
 
-One pair of each shape and rank, float32, random factors and gradients. A call is one update, jitted,
-with the state donated. The reference, "floor", is a jitted pass that reads and writes two (m, n)
+One pair of each shape and rank, float32, random factors and gradients. A call is one update,
+jitted, with the state donated. The reference, "floor", is a jitted pass that reads and writes two (m, n)
 arrays once by Adam's elementwise rule, donated too. `temp_bytes` and `bytes_accessed` are what XLA
 says of the compiled program; the least that can be accessed is 16 m n bytes. XLA counts the body of
 a loop once for all of its trips.
 """
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -89,7 +88,12 @@ def main(settings: Settings) -> None:
             times = timing.by_turns({k: call for k, (call, _) in made.items()}, settings.rounds)
             rows = timing.summary(times, "floor")
             for row in rows:
-                row |= {"m": shape[0], "n": shape[1], "rank": rank, "floor_bytes": 16 * shape[0] * shape[1]}
+                row |= {
+                    "m": shape[0],
+                    "n": shape[1],
+                    "rank": rank,
+                    "floor_bytes": 16 * shape[0] * shape[1],
+                }
                 row |= made[row["variant"]][1]
             timing.show(rows, f"{shape[0]} x {shape[1]}, r = {rank}, float32")
             timing.append(rows, "full_pass", settings, settings.results)
