@@ -1,11 +1,17 @@
 """Full mode: Adam's moments of the equivalent gradient, two (m, n) arrays a pair (Algorithm 2).
 
-A group of pairs has its moments in one array, one behind the other, and a loop takes them in turn:
-what is dense beside them exists for one pair at a time. A pair with batch axes is looped over the
-first of them (scanned layers), unless the type of its factors says that this axis is sharded.
+A group of pairs has its moments in one array, one behind the other, and a loop takes them in turn,
+a block of rows of one pair at a time: g~ and the direction U exist for one block. A pair with batch
+axes is looped over the first of them (scanned layers), unless the type of its factors says that
+this axis is sharded.
+
+Only one device's rows are cut into blocks. A slice of a sharded axis would be gathered, and with
+automatic axes nobody can tell before XLA does whether the rows are sharded: where they could be,
+by the mesh that the factors' type names, a block is a whole pair.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +24,17 @@ from lorapro_jax._batch import Adam, Group, Problem, first_steps, over_batch, st
 from lorapro_jax._closed_form import ClosedForm
 from lorapro_jax._layouts import kernel_spec
 from lorapro_jax._pairwise import Rule
-from lorapro_jax._sharding import explicit, spec_of
+from lorapro_jax._sharding import explicit, possible_shards, spec_of
+
+# Bytes of one (rows, n) array of a block. On 2 CPU cores with 1 MiB of L2 each and 32 MiB of L3,
+# 4 MiB is fastest at 4096 x 4096, r = 8 (0.25 MiB: 1.6 times its time, 16 MiB: 1.3 times).
+# Other jobs ran beside that measurement.
+_CPU_BLOCK = 4 << 20
+# Elsewhere every block costs kernel launches and nothing of it stays in a cache: only a bound on
+# the temporary memory. Not measured.
+_BLOCK = 256 << 20
+# Rows of a block, in ranks, at least: each block reads b and db and adds to h_b, 3 r rows of n.
+_ROWS_PER_RANK = 2
 
 
 class FullState(NamedTuple):
@@ -63,41 +79,147 @@ def _adam(
     p: Problem,
     group: Group,
     taken: tuple[Array, Array],
-    moments: tuple[Any, ...],
+    moments: tuple[Array, Array],
     count: Array,
     adam: Adam,
 ) -> tuple[Array, Array, Array, Array]:
     """A group's new moments, and the factor gradients that Adam's direction would cause."""
+    here, elsewhere = (_blocks(p, group, size) for size in (_CPU_BLOCK, _BLOCK))
+    cpu, default = (
+        functools.partial(_by_blocks, p, group, adam, blocks) for blocks in (here, elsewhere)
+    )
+    if here == elsewhere:
+        return cpu(taken, moments, count)
+    return lax.platform_dependent(taken, moments, count, cpu=cpu, default=default)
+
+
+class Blocks(NamedTuple):
+    """Blocks of as many rows each; the last ends with the rows, if it overlaps another or not."""
+
+    size: int  # rows of a pair
+    rows: int  # of a block
+    count: int
+
+
+def _blocks(p: Problem, group: Group, size: int) -> Blocks:
+    """A pair's rows in blocks of about `size` bytes."""
+    rows = group.m[0]
+    if math.gcd(rows, possible_shards(p.a)) > 1:
+        return Blocks(rows, rows, 1)
+    row = math.prod(group.m[1:]) * math.prod(group.n) * group.dtype.itemsize
+    wanted = max(size // max(row, 1), _ROWS_PER_RANK * group.pairs[0].rank, 1)
+    count = max(-(-rows // wanted), 1)
+    return Blocks(rows, -(-rows // count), count)
+
+
+def _by_blocks(
+    p: Problem,
+    group: Group,
+    adam: Adam,
+    blocks: Blocks,
+    taken: tuple[Array, Array],
+    moments: tuple[Array, Array],
+    count: Array,
+) -> tuple[Array, Array, Array, Array]:
+    """`_adam`, a block of rows of one pair at a time."""
+    one = functools.partial(_one_block, p, group, adam, taken[1], count)
+    # A block's rows of da are not needed once its g~ is formed: those of h_a take their place. All
+    # blocks need db, so that h_b, a sum over the blocks, gets an array of its own.
+    carry = *moments, taken[0], jnp.zeros_like(taken[1])
+    together = spec_of(p.a)[0] is not None  # each device has its own part of the batch
+    if together and blocks.count == 1:
+        return one(Place(None), carry)
+    number = jnp.uint32((1 if together else group.batch[0]) * blocks.count)
+
+    def step(i, carry):
+        return one(_place(i, group, blocks, together=together), carry)
+
+    return lax.fori_loop(jnp.uint32(0), number, step, carry)
+
+
+def _place(i: Array, group: Group, blocks: Blocks, *, together: bool) -> "Place":
+    """Where step i of the loop is.
+
+    All indices are unsigned: signed ones could be negative, for XLA, and corrected at every use.
+    """
+    if blocks.count == 1:
+        return Place(i)
+    number = jnp.uint32(blocks.count)
+    pair, k = (None, i) if together else (lax.div(i, number), lax.rem(i, number))
+    start, last = k * jnp.uint32(blocks.rows), jnp.uint32(blocks.size - blocks.rows)
+    axis = len(group.batch)
+    if blocks.rows * blocks.count == blocks.size:
+        return Place(pair, axis, start, blocks.rows)
+    return Place(pair, axis, lax.min(start, last), blocks.rows, start - lax.min(start, last))
+
+
+class Place(NamedTuple):
+    """Where a block lies."""
+
+    pair: Any  # index in the group; None: all of them
+    axis: int = 0  # of the rows
+    start: Any = 0
+    rows: int | None = None  # None: all of them
+    twice: Any = None  # so many of them belong to the block before
+
+    def read(self, x: Array, *, whole: bool = False) -> Array:
+        """The block of an array with rows, or what a pair has in one that has none."""
+        starts, sizes = self._starts(x, whole), list(x.shape)
+        if self.pair is not None:
+            sizes[0] = 1
+        if not (whole or self.rows is None):
+            sizes[self.axis] = self.rows
+        return lax.dynamic_slice(x, starts, sizes)
+
+    def write(self, x: Array, new: Array, *, whole: bool = False) -> Array:
+        """`x` with `new` where `read` reads."""
+        return lax.dynamic_update_slice(x, new, self._starts(x, whole))
+
+    def fresh(self, new: Array, old: Array) -> Array:
+        """`new`, but `old` in the rows that belong to the block before."""
+        if self.twice is None:
+            return new
+        row = lax.broadcasted_iota(jnp.uint32, new.shape, self.axis)
+        return jnp.where(row < self.twice, old, new)
+
+    def _starts(self, x: Array, whole: bool) -> list[Any]:
+        starts: list[Any] = [jnp.uint32(0)] * x.ndim
+        if self.pair is not None:
+            starts[0] = self.pair
+        if not (whole or self.rows is None):
+            starts[self.axis] = self.start
+        return starts
+
+
+def _one_block(
+    p: Problem,
+    group: Group,
+    adam: Adam,
+    db: Array,
+    count: Array,
+    place: Place,
+    carry: tuple[Array, Array, Array, Array],
+) -> tuple[Array, Array, Array, Array]:
+    """(mu, nu, da or h_a, h_b) with one block done."""
     b1, b2, eps, _ = adam
     correction_1, correction_2 = (jnp.asarray(1 - decay**count, p.a.dtype) for decay in (b1, b2))
     project, equivalent = (
         over_batch(f, group) for f in (_solve.project, _solve.equivalent_gradient)
     )
-
-    def some(at, put, carry):
-        # XLA's CPU backend updates a moment where it lies, in one pass, if it is read at the very
-        # index where it is written, with no reshape between, and read back for the direction.
-        # Otherwise it copies the whole group's for every pair.
-        mu, nu, da, db = carry
-        a, b, s = at(p.a), at(p.b), at(p.s)
-        g = equivalent(a, b, at(da), at(db), s, at(mu))
-        mu = put(mu, _average(g, at(mu), b1))
-        nu = put(nu, _average(g * g, at(nu), b2))
-        m = at(mu).astype(g.dtype) / correction_1
-        U = m / (jnp.sqrt(at(nu) / correction_2) + eps)
-        h_a, h_b = project(a, b, U, s)
-        return mu, nu, put(da, h_a), put(db, h_b)
-
-    def one(i, carry):
-        at = functools.partial(lax.dynamic_slice_in_dim, start_index=i, slice_size=1)
-        put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=i, axis=0)
-        return some(at, put, carry)
-
-    # A pair's (da, db) are not needed once its g~ is formed: h_a and h_b take their place.
-    carry = *moments, *taken
-    if spec_of(p.a)[0] is not None:  # each device has its own part of the batch
-        return some(lambda x: x, lambda old, new: new, carry)
-    return lax.fori_loop(0, group.batch[0], one, carry)
+    at, put, fresh = place.read, place.write, place.fresh
+    pairs = functools.partial(place.read, whole=True)
+    # XLA's CPU backend updates a moment where it lies, in one pass, if it is read at the very
+    # index where it is written, with no reshape between, and read back for the direction.
+    # Otherwise it copies the whole group's for every block.
+    mu, nu, da, h_b = carry
+    a, b, s = at(p.a), pairs(p.b), pairs(p.s)
+    g = equivalent(a, b, at(da), pairs(db), s, at(mu))
+    mu = put(mu, fresh(_average(g, at(mu), b1), at(mu)))
+    nu = put(nu, fresh(_average(g * g, at(nu), b2), at(nu)))
+    m = at(mu).astype(g.dtype) / correction_1
+    U = m / (jnp.sqrt(at(nu) / correction_2) + eps)
+    h_a, more = project(a, b, fresh(U, jnp.zeros_like(U)), s)
+    return mu, nu, put(da, fresh(h_a, at(da))), put(h_b, pairs(h_b) + more, whole=True)
 
 
 def _average(g: Array, moment: Array, decay: float | Array) -> Array:

@@ -47,6 +47,16 @@ def padded(spec: Iterable[Any], ndim: int) -> tuple[Any, ...]:
     return entries + (None,) * (ndim - len(entries))
 
 
+def possible_shards(x: Any) -> int:
+    """A number that the count of an axis's shards divides, whoever decides on it.
+
+    An array's type tells its mesh, if not how automatic axes are used. It tells none where jit is
+    given in_shardings for arrays without one: then they are on this process's devices.
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    return jax.device_count() if mesh.empty else mesh.size
+
+
 def explicit(x: Any, spec: Sequence[Any]) -> NamedSharding | None:
     """`spec` on the explicit mesh of `x`; None where there is none."""
     mesh = jax.typeof(x).sharding.mesh
