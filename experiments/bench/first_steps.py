@@ -2,9 +2,10 @@
 
     python -m experiments.bench.first_steps
 
-loss = ||s a b - T||² / 2 with T (192, 160) of rank 2 r plus noise of a tenth of its norm, ||T|| = 1,
-s = 2, float32. a is kaiming-uniform as in the library's init, b the same times 0, 1e-5, 1e-3 or 0.1.
-The gradient of the weight is s a b - T, well conditioned: whatever rises is the optimizer's doing.
+loss = ||s a b - T||² / 2 with T (192, 160) of rank 2 r plus noise of a tenth of its norm, s = 2,
+||T|| = 1, float32. a is kaiming-uniform as in the library's init, b the same times 0, 1e-5, 1e-3 or
+0.1. The gradient of the weight is s a b - T, well conditioned: whatever rises is the optimizer's
+doing.
 
 `default` is lorapro_adamw as it comes; `undamped` has x="sylvester", radius=None and damping=1e-6,
 which is the paper's closed form and both factors' steps added. `dense` is optax.adam on the (m, n)
@@ -238,9 +239,7 @@ def draw(rows: list[dict], path: pathlib.Path) -> None:
             panel.set_xlabel("damping" if variant == "projection" else "learning rate")
         panels[i, 0].set_ylabel("largest rise / initial loss")
         panels[i, 0].legend(fontsize=6, loc="upper left")
-    figure.suptitle(
-        "Largest rise of the loss in one of the first 30 steps, over the initial loss (lowest: none)"
-    )
+    figure.suptitle("Largest rise of the loss in one of the first steps (lowest: none)")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
