@@ -69,7 +69,8 @@ def show(rows: list[dict], title: str) -> None:
 def append(rows: list[dict], bench: str, settings: Any, path: pathlib.Path) -> None:
     """One JSON line per row, with the settings and the birth certificate."""
     born = provenance()
-    config = {k: v for k, v in dataclasses.asdict(settings).items() if k != "results"}
+    fields = dataclasses.asdict(settings).items()
+    config = {k: v for k, v in fields if not isinstance(v, pathlib.Path)}  # where, not what
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         for row in rows:

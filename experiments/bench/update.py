@@ -4,10 +4,11 @@
 
 192 pairs, 144 of 768 x 768 and 48 of 768 x 3072 (half of them transposed), r = 8, float32, random
 factors and gradients. One call is one whole optimizer step, parameters included, jitted with
-donated buffers. The reference is optax.adamw on the same tree. The PyTorch rows appear where
-`torch` and `lora-pro-adamw` are installed (pip install torch==2.13.0; pip install --no-deps
-lora-pro-adamw==0.2.1); its efficient mode runs its default solver. `ratio_to_ours` compares a row
-with our row of the same mode, round by round.
+donated buffers. The reference is optax.adamw on the same tree. "dense floor" is one pass over two
+(m, n) moments a pair, which full mode cannot do without (`floors.dense_floor`). The PyTorch rows
+appear where `torch` and `lora-pro-adamw` are installed (pip install torch==2.13.0; pip install
+--no-deps lora-pro-adamw==0.2.1); its efficient mode runs its default solver. `ratio_to_ours`
+compares a row with our row of the same mode (the floor with full), round by round.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ import tyro
 from rich.console import Console
 
 import lorapro_jax as lp
-from experiments.bench import timing
+from experiments.bench import floors, timing
 
 SHAPES = [(768, 768)] * 144 + [(768, 3072)] * 24 + [(3072, 768)] * 24
 SCALE = 2.0
@@ -37,7 +38,7 @@ class Settings:
 
     rounds: int = 60
     torch_rounds: int = 20  # of PyTorch's efficient mode
-    full_rounds: int = 5  # of both full modes
+    full_rounds: int = 5  # of both full modes and the dense floor
     rank: int = 8
     results: pathlib.Path = pathlib.Path("experiments/results/bench_update.jsonl")
 
@@ -60,6 +61,7 @@ def transformations() -> dict[str, optax.GradientTransformation]:
     return {
         "adamw": optax.adamw(1e-4, weight_decay=0.0),
         "efficient": lp.lorapro_adamw(1e-4, SCALE, mode="efficient"),
+        "factored": lp.lorapro_adamw(1e-4, SCALE, mode="factored"),
         "full": lp.lorapro_adamw(1e-4, SCALE, mode="full"),
     }
 
@@ -118,8 +120,9 @@ def main(settings: Settings) -> None:
     """Measures, shows, and appends one JSON line per variant."""
     params, grads = (tree(settings.rank, SHAPES, seed) for seed in (0, 1))
     made = {name: stepper(tx, params, grads) for name, tx in transformations().items()}
+    made["dense floor"] = floors.dense_floor(SHAPES)
     calls = {name: call for name, (call, _) in made.items()}
-    few = {"full": settings.full_rounds}
+    few = {"full": settings.full_rounds, "dense floor": settings.full_rounds}
     if all(importlib.util.find_spec(name) for name in ("torch", "lora_pro")):
         theirs = torch_steppers(params, grads, settings.rank)
         calls |= theirs
@@ -129,7 +132,7 @@ def main(settings: Settings) -> None:
     times = timing.by_turns(calls, settings.rounds, few)
     rows = timing.summary(times, "adamw")
     for row in rows:
-        mode = row["variant"].removeprefix("torch ")
+        mode = row["variant"].removeprefix("torch ").replace("dense floor", "full")
         pairs = zip(times[row["variant"]], times[mode], strict=False)
         row["ratio_to_ours"] = statistics.median(x / y for x, y in pairs)
         row["state_bytes"] = made[row["variant"]][1] if row["variant"] in made else None
