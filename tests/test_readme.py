@@ -79,5 +79,5 @@ def test_the_main_jobs_command_runs(tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 4
+    assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 5
     assert len(list((tmp_path / "out").glob("*.png"))) == 2
