@@ -132,6 +132,7 @@ def _by_blocks(
     number = jnp.uint32((1 if together else group.batch[0]) * blocks.count)
 
     def step(i, carry):
+        i = jnp.asarray(i, jnp.uint32)
         return one(_place(i, group, blocks, together=together), carry)
 
     return lax.fori_loop(jnp.uint32(0), number, step, carry)

@@ -3,10 +3,10 @@
     python -m experiments.bench.full_pass [--rounds 10]
 
 One pair of each shape and rank, float32, random factors and gradients. A call is one update,
-jitted, with the state donated. The reference, "floor", is a jitted pass that reads and writes two
-(m, n) arrays once by Adam's elementwise rule, donated too. `temp_bytes` and `bytes_accessed` are
-what XLA says of the compiled program; the least that can be accessed is 16 m n bytes. XLA counts
-the body of a loop once for all of its trips.
+jitted, with the state donated. The reference, "floor", is a pass that reads and writes two (m, n)
+arrays once by Adam's elementwise rule, donated too. `temp_bytes` and `bytes_accessed` are what XLA
+says of the compiled program; the least that can be accessed is 16 m n bytes. XLA counts the body of
+a loop once for all of its trips.
 """
 
 import dataclasses
