@@ -47,7 +47,7 @@ class Taken(NamedTuple):
     learning_rate: optax.ScalarOrSchedule
     weight_decay: float | Array
     radius: float | Array | None  # of the trust region
-    retracts: bool  # one factor moves first, and the other as fits it
+    damping: float | Array | None  # of the fit of one factor to the other; None: both as they are
 
 
 def pairwise(
@@ -122,10 +122,10 @@ def _take(
     decays = not (isinstance(taken.weight_decay, int | float) and taken.weight_decay == 0)
 
     def one(p: Problem, da: Array, db: Array) -> tuple[Array, Array]:
-        if taken.radius is None and not taken.retracts:
+        if taken.radius is None and taken.damping is None:
             da, db = -rate * da, -rate * db
         else:
-            da, db = _trust.step(p, da, db, rate, taken.radius, retracts=taken.retracts)
+            da, db = _trust.step(p, da, db, rate, taken.radius, taken.damping)
         if not decays:
             return da, db
         # sqrt(1 - lr wd) - 1, which float32 would lose to cancellation at lr wd = 1e-6

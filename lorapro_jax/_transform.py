@@ -287,6 +287,6 @@ def lorapro_adamw(
         optax.scale_by_learning_rate(learning_rate),
     )
     find = functools.partial(find_pairs, layout=layout, require_pairs=require_pairs)
-    retracts = projects and form.x == "sequential"
-    taken = Taken(learning_rate, weight_decay, radius if projects else None, retracts)
+    ridge = form.damping if projects and form.x == "sequential" else None
+    taken = Taken(learning_rate, weight_decay, radius if projects else None, ridge)
     return pairwise(rule, rest, find, scale, taken)

@@ -8,10 +8,11 @@ The second term is nobody's wish. Right after b = 0 it is as large as the first,
 and larger along a factor's small singular values. So one factor moves first, and the other one as
 fits its partner's new value (b first, da ⊥ a):
 
-    b' = b - t db,   a' = a - t da (b b'ᵀ)(b' b'ᵀ)⁻¹
+    b' = b - t db,   a' = a - t da (b b'ᵀ + λ)(b' b'ᵀ + λ)⁻¹
 
-which is the least-squares fit of a' to the step that was asked for: nothing is left over, and the
-pair's weight moves by at most t s ||da b + a db||. This is half a sweep of alternating least
+which is the least-squares fit of a' to the step that was asked for, and where b' has next to
+nothing (λ, the closed form's damping) a's own step. The pair's weight moves by no more than
+t s ||da b + a db||. This is half a sweep of alternating least
 squares, a retraction onto the matrices of rank r; an SVD of the sum would rotate the factors.
 
 The bound is on that norm: t ||da b + a db|| <= radius · max(tr P, tr Q) / r. The right side is the
@@ -34,21 +35,22 @@ def step(
     db: Float[Array, "r *n"],
     rate: Float[Array, ""],
     radius: float | Array | None,
-    *,
-    retracts: bool,
+    damping: float | Array | None,
 ) -> tuple[Float[Array, "*m r"], Float[Array, "r *n"]]:
     """What is to be added to (a, b) for the direction (da, db) of one pair.
 
-    `retracts` is for directions of x="sequential", where the factor that moves second moves
-    orthogonally to the larger one.
+    With a relative `damping` the second factor is fitted to the first one's new value, which is
+    meant for directions of x="sequential". With None both take their own step.
     """
     r = da.shape[-1]
     left = gram_left(*[jnp.concatenate([p.a, da], axis=-1)] * 2)
     right = gram_right(*[jnp.concatenate([p.b, db])] * 2)
     t = rate if radius is None else _allowed(left, right, rate, radius)
-    if retracts:
-        b_first = jnp.trace(left[:r, :r]) >= jnp.trace(right[:r, :r])
-        fit = _fit(jnp.where(b_first, right, left), t)
+    if damping is not None:
+        sizes = jnp.trace(left[:r, :r]), jnp.trace(right[:r, :r])
+        b_first, info = sizes[0] >= sizes[1], jnp.finfo(left.dtype)
+        ridge = jnp.maximum(damping, info.eps) * jnp.maximum(*sizes) / r + info.tiny
+        fit = _fit(jnp.where(b_first, right, left), t, ridge.astype(left.dtype))
         eye = jnp.eye(r, dtype=fit.dtype)
         # (b b'ᵀ)(b' b'ᵀ)⁻¹ on the right of da, (a'ᵀa')⁻¹ a'ᵀa on the left of db
         da = dot(da, jnp.where(b_first, fit, eye))
@@ -65,13 +67,13 @@ def _allowed(left: Array, right: Array, rate: Array, radius: float | Array) -> A
     return jnp.minimum(rate, radius * size / (norm + jnp.finfo(norm.dtype).tiny))
 
 
-def _fit(gram: Float[Array, "k k"], t: Float[Array, ""]) -> Float[Array, "r r"]:
-    """(b b'ᵀ)(b' b'ᵀ)⁻¹ of b' = b - t db, from the Gram of [b; db]."""
+def _fit(
+    gram: Float[Array, "k k"], t: Float[Array, ""], ridge: Float[Array, ""]
+) -> Float[Array, "r r"]:
+    """(b b'ᵀ + λ)(b' b'ᵀ + λ)⁻¹ of b' = b - t db and the ridge λ, from the Gram of [b; db]."""
     r = gram.shape[0] // 2
     old = gram[:r, :r] - t * gram[:r, r:]
     new = old - t * (gram[r:, :r] - t * gram[r:, r:])
     values, vectors = eigh((new + new.T)[None] / 2)
-    # of a Gram's small eigenvalues only eps of the largest is known
-    floor = jnp.finfo(gram.dtype).eps * jnp.sum(values[0]) + jnp.finfo(gram.dtype).tiny
-    inverse = dot(vectors[0] / (jnp.maximum(values[0], 0) + floor)[None, :], vectors[0].T)
-    return dot(old, inverse)
+    inverse = dot(vectors[0] / (jnp.maximum(values[0], 0) + ridge)[None, :], vectors[0].T)
+    return dot(old + ridge * jnp.eye(r, dtype=old.dtype), inverse)
