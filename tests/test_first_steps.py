@@ -13,9 +13,10 @@ square in each of da and db, this is about
 
 since da db is the product of an (m, r) and an (r, n) matrix without a preferred direction among r.
 It is 5 ||T|| for τ = 100 s p √r e, so the undamped form's loss must rise above the initial one. (In
-full mode it rises to 10 to 70 times that at the sizes 1e-3 and 0.1, to more at r = 128, where b itself is nearly
-singular. At 1e-5 the damped g~ has hardly a share along b, Adam's direction has it by chance only,
-and it is 1.2 times or more. Factored mode's Adam has another norm, and jumps less.) The step in which one factor is fitted to the other has nothing of
+full mode it rises to 10 to 70 times that at the sizes 1e-3 and 0.1, to more at r = 128, where b
+itself is nearly singular. At 1e-5 the damped g~ has hardly a share along b, Adam's direction has it
+by chance only, and it is 1.2 times or more. Factored mode's step is small in another norm, and
+jumps at 0.1 only, for certain.) The step in which one factor is fitted to the other has nothing of
 this at any size. The default's bound on a step is in units of a and not of T: with the large T that
 the sizes 1e-5 and 0.1 need here it falls slowly, by half a per cent in these steps and less.
 """
