@@ -86,7 +86,11 @@ def _figure(rows: Sequence[Row], panel, path: pathlib.Path) -> pathlib.Path:
         label: h for ax in axes[0] for h, label in zip(*ax.get_legend_handles_labels(), strict=True)
     }
     figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=min(len(handles), 3 * len(axes[0])),
+        frameon=False,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
