@@ -52,7 +52,7 @@ def lorapro(
       damping: relative to the mean eigenvalue of the larger Gram; "gram" raises it to the
         precision's epsilon.
       solver: "gram" is fast, with an error of κ² eps in g~ (κ the factors' condition number) or
-        eps / damping; "qr" has κ eps or eps / sqrt(damping), at twice the time.
+        eps / damping; "qr" has κ eps or eps / sqrt(damping), at two to three times the time.
       layout: how pairs are named and laid out; `lp.layouts.FLAX` by default.
       require_pairs: whether a tree with leaves but without a pair is an error.
 
