@@ -140,7 +140,7 @@ def test_the_first_moment_may_be_bfloat16(x64):
     params, grads, _ = trees.make()
     tx = lp.lorapro_adamw(1e-3, SCALE, mode="factored", mu_dtype=jnp.bfloat16)
     state = tx.init(params)
-    _, after = tx.update(grads, state, params)
+    _, after = jax.jit(tx.update)(grads, state, params)
     assert {x.dtype for x in jax.tree.leaves((after.mu_a, after.mu_b))} == {jnp.dtype(jnp.bfloat16)}
     assert {x.dtype for x in jax.tree.leaves((after.row, after.col))} == {jnp.dtype(jnp.float64)}
     jax.tree.map(lambda x, y: x.dtype == y.dtype or pytest.fail("dtype changed"), state, after)
