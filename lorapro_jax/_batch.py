@@ -49,6 +49,11 @@ class Adam(NamedTuple):
     mu_dtype: Any = None  # of the first moment; None: float32 or better
 
 
+def average(new: Array, old: Array, decay: Any) -> Array:
+    """One step of a moment's exponential average, in the moment's dtype."""
+    return (decay * old + (1 - decay) * new).astype(old.dtype)
+
+
 class Group(NamedTuple):
     """Pairs that are solved as one batch: one with batch axes of its own, or several without."""
 

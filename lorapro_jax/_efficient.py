@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from lorapro_jax._batch import Adam, Group, Problem, factor_zeros, first_steps
+from lorapro_jax._batch import Adam, Group, Problem, average, factor_zeros, first_steps
 from lorapro_jax._closed_form import ClosedForm
 from lorapro_jax._pairwise import Rule
 
@@ -47,7 +47,6 @@ def direction(
 ) -> tuple[Array, Array, Array]:
     """Adam's direction and its new moments."""
     b1, b2, eps, _ = adam
-    mu = (b1 * mu + (1 - b1) * g).astype(mu.dtype)
-    nu = (b2 * nu + (1 - b2) * g * g).astype(nu.dtype)
+    mu, nu = average(g, mu, b1), average(g * g, nu, b2)
     one, two = (1 - jnp.asarray(decay, g.dtype) ** count for decay in (b1, b2))
     return (mu.astype(g.dtype) / one) / (jnp.sqrt(nu / two) + eps), mu, nu

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lorapro_jax import _solve
-from lorapro_jax._batch import Adam, Group, Problem, factor_zeros, over_batch
+from lorapro_jax._batch import Adam, Group, Problem, average, factor_zeros, over_batch
 from lorapro_jax._closed_form import ClosedForm
 from lorapro_jax._pairwise import Rule
 from lorapro_jax._solve import dot, gram_left, gram_right
@@ -87,11 +87,11 @@ def _step(
     a, b, h_a, h_b, s = p
     solve = functools.partial(form.step, form.decompose(a, b), a, b, s=s)
     row, col = _solve.mean_squares(a, b, *solve(h_a, h_b), s)
-    row, col = _average(row, old.row, b2), _average(col, old.col, b2)
+    row, col = average(row, old.row, b2), average(col, old.col, b2)
     mu = old.mu_a.astype(a.dtype), old.mu_b.astype(a.dtype)
     if old.a is not None and old.b is not None:
         mu = carried(*mu, old.a, old.b, a, b, s)
-    mu = _average(h_a, mu[0], b1), _average(h_b, mu[1], b1)
+    mu = average(h_a, mu[0], b1), average(h_b, mu[1], b1)
     left, right = _root_scales(row, col, 1 - jnp.asarray(b2, row.dtype) ** count, eps)
     unbiased = 1 / (1 - jnp.asarray(b1, row.dtype) ** count)
     direction = _preconditioned(form, a, b, mu[0] * unbiased, mu[1] * unbiased, s, left, right)
@@ -105,10 +105,6 @@ def _stored(mu: Array, adam: Adam) -> Array:
     return mu if adam.mu_dtype is None else mu.astype(adam.mu_dtype)
 
 
-def _average(new: Array, old: Array, decay: Any) -> Array:
-    return (decay * old + (1 - decay) * new).astype(old.dtype)
-
-
 def carried(
     n_a: Float[Array, "*m r"],
     n_b: Float[Array, "r *n"],
@@ -120,12 +116,8 @@ def carried(
 ) -> tuple[Float[Array, "*m r"], Float[Array, "r *n"]]:
     """(s T b_newᵀ, s a_newᵀ T) of T = s (n_a b + a n_b)."""
     s2 = s * s
-    right = gram_right(jnp.concatenate([b, n_b]), b_new) * s2
-    left = gram_left(a_new, jnp.concatenate([n_a, a], axis=-1)) * s2
-    return (
-        dot(jnp.concatenate([n_a, a], axis=-1), right),
-        dot(left, jnp.concatenate([b, n_b])),
-    )
+    L, R = jnp.concatenate([n_a, a], axis=-1), jnp.concatenate([b, n_b])
+    return dot(L, gram_right(R, b_new) * s2), dot(gram_left(a_new, L) * s2, R)
 
 
 def _root_scales(

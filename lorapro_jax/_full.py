@@ -20,7 +20,7 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from lorapro_jax import _solve
-from lorapro_jax._batch import Adam, Group, Problem, first_steps, over_batch, steps
+from lorapro_jax._batch import Adam, Group, Problem, average, first_steps, over_batch, steps
 from lorapro_jax._closed_form import ClosedForm
 from lorapro_jax._layouts import kernel_spec
 from lorapro_jax._pairwise import Rule
@@ -215,13 +215,9 @@ def _one_block(
     mu, nu, da, h_b = carry
     a, b, s = at(p.a), pairs(p.b), pairs(p.s)
     g = equivalent(a, b, at(da), pairs(db), s, at(mu))
-    mu = put(mu, fresh(_average(g, at(mu), b1), at(mu)))
-    nu = put(nu, fresh(_average(g * g, at(nu), b2), at(nu)))
+    mu = put(mu, fresh(average(g, at(mu), b1), at(mu)))
+    nu = put(nu, fresh(average(g * g, at(nu), b2), at(nu)))
     m = at(mu).astype(g.dtype) / correction_1
     U = m / (jnp.sqrt(at(nu) / correction_2) + eps)
     h_a, more = project(a, b, fresh(U, jnp.zeros_like(U)), s)
     return mu, nu, put(da, fresh(h_a, at(da))), put(h_b, pairs(h_b) + more, whole=True)
-
-
-def _average(g: Array, moment: Array, decay: float | Array) -> Array:
-    return (decay * moment + (1 - decay) * g).astype(moment.dtype)

@@ -12,8 +12,8 @@ fits its partner's new value (b first, da ⊥ a):
 
 which is the least-squares fit of a' to the step that was asked for, and where b' has next to
 nothing (λ, the closed form's damping) a's own step. The pair's weight moves by no more than
-t s ||da b + a db||. This is half a sweep of alternating least
-squares, a retraction onto the matrices of rank r; an SVD of the sum would rotate the factors.
+t s ||da b + a db||. This is half a sweep of alternating least squares, a retraction onto the
+matrices of rank r; an SVD of the sum would rotate the factors.
 
 The bound is on that norm: t ||da b + a db|| <= radius · max(tr P, tr Q) / r. The right side is the
 weight, by s, that the larger factor would make with a partner of its size: the same for every
@@ -45,11 +45,12 @@ def step(
     r = da.shape[-1]
     left = gram_left(*[jnp.concatenate([p.a, da], axis=-1)] * 2)
     right = gram_right(*[jnp.concatenate([p.b, db])] * 2)
-    t = rate if radius is None else _allowed(left, right, rate, radius)
+    traces = jnp.trace(left[:r, :r]), jnp.trace(right[:r, :r])
+    size = jnp.maximum(*traces) / r
+    t = rate if radius is None else _allowed(left, right, rate, radius * size)
     if damping is not None:
-        sizes = jnp.trace(left[:r, :r]), jnp.trace(right[:r, :r])
-        b_first, info = sizes[0] >= sizes[1], jnp.finfo(left.dtype)
-        ridge = jnp.maximum(damping, info.eps) * jnp.maximum(*sizes) / r + info.tiny
+        b_first, info = traces[0] >= traces[1], jnp.finfo(left.dtype)
+        ridge = jnp.maximum(damping, info.eps) * size + info.tiny
         fit = _fit(jnp.where(b_first, right, left), t, ridge.astype(left.dtype))
         eye = jnp.eye(r, dtype=fit.dtype)
         # (b b'ᵀ)(b' b'ᵀ)⁻¹ on the right of da, (a'ᵀa')⁻¹ a'ᵀa on the left of db
@@ -58,13 +59,12 @@ def step(
     return -t * da, -t * db
 
 
-def _allowed(left: Array, right: Array, rate: Array, radius: float | Array) -> Array:
+def _allowed(left: Array, right: Array, rate: Array, bound: Array) -> Array:
     """The largest t <= rate within the bound, from the Grams of [a da] and [b; db]."""
     r = left.shape[0] // 2
     crossed = jnp.roll(right, (r, r), axis=(0, 1))  # a meets db, and b meets da
     norm = jnp.sqrt(jnp.maximum(jnp.sum(left * crossed), 0))
-    size = jnp.maximum(jnp.trace(left[:r, :r]), jnp.trace(right[:r, :r])) / r
-    return jnp.minimum(rate, radius * size / (norm + jnp.finfo(norm.dtype).tiny))
+    return jnp.minimum(rate, bound / (norm + jnp.finfo(norm.dtype).tiny))
 
 
 def _fit(

@@ -28,6 +28,7 @@ import optax
 import pytest
 
 import lorapro_jax as lp
+from experiments.bench.first_steps import product, run
 
 SCALE = 2.0
 M, N = 192, 160
@@ -55,23 +56,8 @@ def problem(rank, size):
 
 def losses(tx_of_rate, params, weight, T, rate):
     """Before each step and after the last, over the first."""
-    tx = tx_of_rate(rate)
-
-    def loss(params):
-        return jnp.sum((weight(params) - T) ** 2) / 2
-
-    def step(carry, _):
-        params, state = carry
-        value, slope = jax.value_and_grad(loss)(params)
-        updates, state = tx.update(slope, state, params)
-        return (optax.apply_updates(params, updates), state), value
-
-    (params, _), values = jax.lax.scan(step, (params, tx.init(params)), length=STEPS)
-    return jnp.append(values, loss(params)) / values[0]
-
-
-def product(params):
-    return SCALE * params["q"]["lora_a"] @ params["q"]["lora_b"]
+    values = run(tx_of_rate(rate), params, weight, T, STEPS)
+    return values / values[0]
 
 
 def adapter_losses(mode, rank, dtype, sizes, **kwargs):
@@ -82,12 +68,12 @@ def adapter_losses(mode, rank, dtype, sizes, **kwargs):
 
     @jax.jit
     @jax.vmap
-    def run(a, b, T, rate):
+    def curve(a, b, T, rate):
         params = {"q": {"lora_a": a, "lora_b": b}}
         return losses(make, params, product, T, rate)
 
     columns = zip(*(problem(rank, size) for size in sizes), strict=True)
-    return np.asarray(run(*(jnp.asarray(np.stack(x), dtype) for x in columns)))
+    return np.asarray(curve(*(jnp.asarray(np.stack(x), dtype) for x in columns)))
 
 
 def falls(curves):

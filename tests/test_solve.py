@@ -1,14 +1,13 @@
 """The closed form against the dense float64 oracle, its invariants, and its limits."""
 
 import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+import two_cores
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -283,37 +282,11 @@ def test_an_unknown_choice_is_refused(rng):
         solve(a, b, G, x="newton")
 
 
-_TWO_CORES = """
-import functools, os, sys
-os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:2]))
-import jax, jax.numpy as jnp
-from lorapro_jax import _solve
-
-rank = int(sys.argv[1])
-shapes = [(64 + 16 * i, 96) for i in range(8)]
-keys = jax.random.split(jax.random.key(0), len(shapes))
-problems = [
-    (jax.random.normal(k, (16, m, rank)), jax.random.normal(k, (16, rank, n)))
-    for k, (m, n) in zip(keys, shapes)
-]
-
-@jax.jit
-def step(problems):
-    solve = functools.partial(_solve.solve, s=jnp.float32(2), damping=jnp.float32(1e-6))
-    return [jax.vmap(lambda a, b: solve(a, b, a, b))(a, b) for a, b in problems]
-
-for _ in range(40):
-    jax.block_until_ready(step(problems))
-"""
-
-
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cannot choose the cores here")
 @pytest.mark.parametrize("rank", [16, 64])
 def test_many_shapes_on_two_cores_do_not_wait_for_each_other(rank):
     """In a process of its own: what is tested for is that it ends."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", _TWO_CORES, str(rank)]
-    subprocess.run(command, env=environment, check=True, timeout=120)
+    two_cores.run("_solve", rank, rounds=40)
 
 
 def test_a_batch_of_batches_has_the_eigenvectors_of_each(x64):

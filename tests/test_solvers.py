@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+import two_cores
 
 from lorapro_jax import _lapack, _orthogonal, _solve
 
@@ -241,38 +242,12 @@ def test_a_batch_of_batches_has_the_singular_vectors_of_each(x64, rng):
         np.testing.assert_allclose((W * values[..., None, :]) @ Zt, y, atol=1e-10)
 
 
-_TWO_CORES = """
-import functools, os, sys
-os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:2]))
-import jax, jax.numpy as jnp
-from lorapro_jax import _orthogonal
-
-rank = int(sys.argv[1])
-shapes = [(64 + 16 * i, 96) for i in range(8)]
-keys = jax.random.split(jax.random.key(0), len(shapes))
-problems = [
-    (jax.random.normal(k, (16, m, rank)), jax.random.normal(k, (16, rank, n)))
-    for k, (m, n) in zip(keys, shapes)
-]
-
-@jax.jit
-def step(problems):
-    solve = functools.partial(_orthogonal.solve, s=jnp.float32(2), damping=jnp.float32(1e-6))
-    return [jax.vmap(lambda a, b: solve(a, b, a, b))(a, b) for a, b in problems]
-
-for _ in range(20):
-    jax.block_until_ready(step(problems))
-"""
-
-
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cannot choose the cores here")
 @pytest.mark.parametrize("rank", [16, 64])
 def test_many_shapes_on_two_cores_do_not_wait_for_each_other(rank):
     """In a process of its own: what is tested for is that it ends."""
     # LAPACK's own threads have no part in it, and spin where other processes want the cores
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "OPENBLAS_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", _TWO_CORES, str(rank)]
-    subprocess.run(command, env=environment, check=True, timeout=120)
+    two_cores.run("_orthogonal", rank, rounds=20, OPENBLAS_NUM_THREADS="1")
 
 
 _SHARDED = """
