@@ -5,10 +5,8 @@ The moments are those of the equivalent gradient g~ = s (da b + a db):
     second   row means R and column means C of g~², as in Adafactor: v^ = R Cᵀ / mean(R)
     first    T = s (n_a b + a n_b), a tangent vector of the pairs of rank r
 
-Full fine-tuning's step is T / sqrt(v^) = D_l T D_r, with diagonals D. The step taken is the nearest
-tangent vector in Adam's own norm of steps, ||D_l^-½ X D_r^-½||: the closed form at D_l^-½ a and
-b D_r^-½ for D_l^½ T D_r^½. The nearest in the plain norm jumps more in the first steps and learns
-less at high rates, for it spends itself on the rows and columns that Adam enlarges most.
+Full fine-tuning's step is U = T / sqrt(v^) = D_l T D_r, with diagonals D. The step taken is the
+tangent vector nearest to U, which is full mode's with a v^ of rank 1.
 
 When the factors move, T is projected onto the tangent space at the new ones. Every solve needs to
 know T by (s T bᵀ, s aᵀ T) only, as it knows a gradient. So T is carried over in that form and
@@ -92,10 +90,11 @@ def _step(
     if old.a is not None and old.b is not None:
         mu = carried(*mu, old.a, old.b, a, b, s)
     mu = average(h_a, mu[0], b1), average(h_b, mu[1], b1)
-    left, right = _root_scales(row, col, 1 - jnp.asarray(b2, row.dtype) ** count, eps)
-    unbiased = 1 / (1 - jnp.asarray(b1, row.dtype) ** count)
-    direction = _preconditioned(form, a, b, mu[0] * unbiased, mu[1] * unbiased, s, left, right)
     n_a, n_b = solve(*mu)
+    left, right = _scales(row, col, 1 - jnp.asarray(b2, row.dtype) ** count, eps)
+    left = left / (1 - jnp.asarray(b1, row.dtype) ** count)
+    L, R = jnp.concatenate([n_a, a], axis=-1), jnp.concatenate([b, n_b])
+    direction = solve(*seen(L * left[..., None], R * right[None], a, b, s))
     if old.a is None:  # float32 until `carry` has had them
         return direction, Fields(n_a, n_b, row, col, None, None)
     return direction, Fields(_stored(n_a, adam), _stored(n_b, adam), row, col, a, b)
@@ -115,32 +114,26 @@ def carried(
     s: Float[Array, ""],
 ) -> tuple[Float[Array, "*m r"], Float[Array, "r *n"]]:
     """(s T b_newᵀ, s a_newᵀ T) of T = s (n_a b + a n_b)."""
-    s2 = s * s
     L, R = jnp.concatenate([n_a, a], axis=-1), jnp.concatenate([b, n_b])
-    return dot(L, gram_right(R, b_new) * s2), dot(gram_left(a_new, L) * s2, R)
+    return seen(L, R, a_new, b_new, s)
 
 
-def _root_scales(
-    row: Float[Array, "*m"], col: Float[Array, "*n"], correction: Array, eps: Any
-) -> tuple[Float[Array, "*m"], Float[Array, "*n"]]:
-    """D_l^½ and D_r^½ with D_l D_rᵀ = 1 / sqrt(v^); eps² is added to both means of g~²."""
-    floor = jnp.asarray(eps, row.dtype) ** 2 + jnp.finfo(row.dtype).tiny
-    row, col = row / correction + floor, col / correction + floor
-    return (jnp.mean(row) / row) ** 0.25, col**-0.25
-
-
-def _preconditioned(
-    form: ClosedForm,
+def seen(
+    L: Float[Array, "*m k"],
+    R: Float[Array, "k *n"],
     a: Float[Array, "*m r"],
     b: Float[Array, "r *n"],
-    h_a: Float[Array, "*m r"],
-    h_b: Float[Array, "r *n"],
     s: Float[Array, ""],
-    left: Float[Array, "*m"],
-    right: Float[Array, "*n"],
 ) -> tuple[Float[Array, "*m r"], Float[Array, "r *n"]]:
-    """The tangent vector nearest to D_l T D_r, for the roots of D and the projections of T."""
-    left, right = left[..., None], right[None]
-    a, b = a / left, b / right
-    da, db = form.step(form.decompose(a, b), a, b, h_a * left, h_b * right, s)
-    return da * left, db * right
+    """The projections (s X bᵀ, s aᵀ X) of X = s L R, as of a gradient."""
+    s2 = s * s
+    return dot(L, gram_right(R, b) * s2), dot(gram_left(a, L) * s2, R)
+
+
+def _scales(
+    row: Float[Array, "*m"], col: Float[Array, "*n"], correction: Array, eps: Any
+) -> tuple[Float[Array, "*m"], Float[Array, "*n"]]:
+    """D_l and D_r with D_l D_rᵀ = 1 / sqrt(v^); eps² is added to both means of g~²."""
+    floor = jnp.asarray(eps, row.dtype) ** 2 + jnp.finfo(row.dtype).tiny
+    row, col = row / correction + floor, col / correction + floor
+    return (jnp.mean(row) / row) ** 0.5, col**-0.5

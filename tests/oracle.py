@@ -100,12 +100,4 @@ class Factored:
         self.T = self.b1 * projection(a, b, self.T) + (1 - self.b1) * g
         row, col = (x / (1 - self.b2**self.t) + self.eps**2 for x in (self.row, self.col))
         T, v_hat = self.T / (1 - self.b1**self.t), np.outer(row, col) / np.mean(row)
-        return nearest_tangent(a, b, T / np.sqrt(v_hat), np.sqrt(v_hat))
-
-
-def nearest_tangent(a, b, U, weights):
-    """The X = da b + a db of least sum weights (X - U)², by dense least squares."""
-    roots = np.sqrt(weights).ravel()
-    J = jacobian(a, b, 1.0)
-    solution = np.linalg.lstsq(roots[:, None] * J, roots * U.ravel(), rcond=1e-12)[0]
-    return (J @ solution).reshape(U.shape)
+        return projection(a, b, T / np.sqrt(v_hat))
