@@ -40,7 +40,7 @@ _ROWS_PER_RANK = 2
 class FullState(NamedTuple):
     """State of full mode. The moments are those of g~, by groups of pairs of one kind and shape.
 
-    A group is named by the path of its first pair and holds up to 8, in the order of their paths,
+    A group is named by the path of its first pair and holds up to 32, in the order of their paths,
     which differ in their numbers only. A pair with batch axes is a group of its own and has these
     axes in front.
     """
@@ -107,7 +107,7 @@ def _blocks(p: Problem, group: Group, size: int) -> Blocks:
     if math.gcd(rows, possible_shards(p.a)) > 1:
         return Blocks(rows, rows, 1)
     row = math.prod(group.m[1:]) * math.prod(group.n) * group.dtype.itemsize
-    wanted = max(size // max(row, 1), _ROWS_PER_RANK * group.pairs[0].rank, 1)
+    wanted = max(size // max(row, 1), _ROWS_PER_RANK * p.a.shape[-1], 1)
     count = max(-(-rows // wanted), 1)
     return Blocks(rows, -(-rows // count), count)
 

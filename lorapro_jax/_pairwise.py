@@ -5,6 +5,7 @@ gradients and state into steps; leaves in no pair get plain Adam. A rule's state
 whose fields are dicts of arrays by group, between the count of steps and the rest's state.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -90,22 +91,32 @@ def pairwise(
         others, rest_state = rest.update(updates, state.rest, jax.tree.unflatten(treedef, values))
         new = jax.tree.leaves(others)
         count = jnp.asarray(optax.safe_increment(state.count))
+        one = functools.partial(_one_group, rule, taken, count)
+        if any(isinstance(x, jax.core.Tracer) for x in leaves):
+            one = jax.jit(one, static_argnums=0)  # traced once for all groups of one shape
         made = {}
         for name, group in groups(find(paths, leaves), values).items():
-            p = problem(group, values, leaves, scale)
             old = tuple(getattr(state, field)[name] for field in fields)
-            step, made[name] = rule.update(p, group, old, count)
-            if taken is not None:
-                step = _take(p, group, step, state.count, taken)
-                if rule.carry is not None:
-                    a, b = p.a + step[0], p.b + step[1]
-                    made[name] = rule.carry(p, group, made[name], a, b)
+            nameless = group._replace(pairs=())
+            step, made[name] = one(nameless, problem(group, values, leaves, scale), old)
             for pair, (da, db) in zip(group.pairs, unstacked(step, group), strict=True):
                 write(pair, da, db, new)
         fresh = rule.state(count, *by_field(made, len(fields)), rest_state)
         return jax.tree.unflatten(treedef, new), fresh
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _one_group(
+    rule: Rule, taken: Taken | None, count: Array, group: Group, p: Problem, old: tuple[Any, ...]
+) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
+    """The step of a group, and its new fields."""
+    step, new = rule.update(p, group, old, count)
+    if taken is not None:
+        step = _take(p, group, step, count - 1, taken)
+        if rule.carry is not None:
+            new = rule.carry(p, group, new, p.a + step[0], p.b + step[1])
+    return step, new
 
 
 def by_field(by_group: dict[str, tuple[Any, ...]], count: int) -> list[dict[str, Any]]:

@@ -197,12 +197,13 @@ def mean_squares(
 ) -> tuple[Float[Array, "*m"], Float[Array, "*n"]]:
     """Row and column means of g~² in O((m + n) r²), without the (m, n) array.
 
-    With g~ = s L R, L = [da a] (m, 2r), R = [b; db] (2r, n): the row means are
-    s²/n · rowsum(L (R Rᵀ) ∘ L), the column means s²/m · colsum(R ∘ (LᵀL) R).
+    Those of s² (da b + a db)² are sums of three quadratic forms in the rows of da and a, and in the
+    columns of db and b. P and Q are as in `spectrum`: XLA forms them once.
     """
-    L = jnp.concatenate([da, a], axis=-1)
-    R = jnp.concatenate([b, db], axis=0)
     m, n = a.size // a.shape[-1], b.size // b.shape[0]
-    row = jnp.sum(dot(L, gram_right(R, R)) * L, axis=-1) * (s * s / n).astype(a.dtype)
-    col = jnp.sum(R * dot(gram_left(L, L), R), axis=0) * (s * s / m).astype(a.dtype)
+    P, Q = grams(a, b)
+    in_a = da * (dot(da, Q) + dot(a, 2 * gram_right(db, b))) + a * dot(a, gram_right(db, db))
+    in_b = db * (dot(P, db) + dot(2 * gram_left(a, da), b)) + b * dot(gram_left(da, da), b)
+    row = jnp.sum(in_a, axis=-1) * (s * s / n).astype(a.dtype)
+    col = jnp.sum(in_b, axis=0) * (s * s / m).astype(a.dtype)
     return jnp.maximum(row, 0), jnp.maximum(col, 0)  # sums of squares, but for rounding

@@ -21,12 +21,14 @@ width, rank and learning rate. A pair whose b is zero may grow, one that has gro
 proportion.
 """
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lorapro_jax._batch import Problem
 from lorapro_jax._lapack import eigh
-from lorapro_jax._solve import dot, gram_left, gram_right
+from lorapro_jax._solve import dot, gram_left, gram_right, grams
 
 
 def step(
@@ -42,38 +44,41 @@ def step(
     With a relative `damping` the second factor is fitted to the first one's new value, which is
     meant for directions of x="sequential". With None both take their own step.
     """
-    r = da.shape[-1]
-    left = gram_left(*[jnp.concatenate([p.a, da], axis=-1)] * 2)
-    right = gram_right(*[jnp.concatenate([p.b, db])] * 2)
-    traces = jnp.trace(left[:r, :r]), jnp.trace(right[:r, :r])
-    size = jnp.maximum(*traces) / r
+    P, Q = grams(p.a, p.b)  # XLA has formed them for the closed form
+    left = _Grams(P, gram_left(p.a, da), gram_left(da, da))
+    right = _Grams(Q, gram_right(p.b, db), gram_right(db, db))
+    size = jnp.maximum(jnp.trace(P), jnp.trace(Q)) / len(P)
     t = rate if radius is None else _allowed(left, right, rate, radius * size)
     if damping is not None:
-        b_first, info = traces[0] >= traces[1], jnp.finfo(left.dtype)
+        b_first, info = jnp.trace(P) >= jnp.trace(Q), jnp.finfo(P.dtype)
         ridge = jnp.maximum(damping, info.eps) * size + info.tiny
-        fit = _fit(jnp.where(b_first, right, left), t, ridge.astype(left.dtype))
-        eye = jnp.eye(r, dtype=fit.dtype)
+        first = _Grams(*(jnp.where(b_first, x, y) for x, y in zip(right, left, strict=True)))
+        fit, eye = _fit(first, t, ridge.astype(P.dtype)), jnp.eye(len(P), dtype=P.dtype)
         # (b b'ᵀ)(b' b'ᵀ)⁻¹ on the right of da, (a'ᵀa')⁻¹ a'ᵀa on the left of db
         da = dot(da, jnp.where(b_first, fit, eye))
         db = dot(jnp.where(b_first, eye, fit.T), db)
     return -t * da, -t * db
 
 
-def _allowed(left: Array, right: Array, rate: Array, bound: Array) -> Array:
-    """The largest t <= rate within the bound, from the Grams of [a da] and [b; db]."""
-    r = left.shape[0] // 2
-    crossed = jnp.roll(right, (r, r), axis=(0, 1))  # a meets db, and b meets da
-    norm = jnp.sqrt(jnp.maximum(jnp.sum(left * crossed), 0))
+class _Grams(NamedTuple):
+    """Of a factor and its step: aᵀa, aᵀda, daᵀda, or b bᵀ, b dbᵀ, db dbᵀ."""
+
+    factor: Float[Array, "r r"]
+    mixed: Float[Array, "r r"]
+    step: Float[Array, "r r"]
+
+
+def _allowed(left: _Grams, right: _Grams, rate: Array, bound: Array) -> Array:
+    """The largest t <= rate within the bound."""
+    parts = left.step * right.factor + 2 * left.mixed * right.mixed.T + left.factor * right.step
+    norm = jnp.sqrt(jnp.maximum(jnp.sum(parts), 0))
     return jnp.minimum(rate, bound / (norm + jnp.finfo(norm.dtype).tiny))
 
 
-def _fit(
-    gram: Float[Array, "k k"], t: Float[Array, ""], ridge: Float[Array, ""]
-) -> Float[Array, "r r"]:
-    """(b b'ᵀ + λ)(b' b'ᵀ + λ)⁻¹ of b' = b - t db and the ridge λ, from the Gram of [b; db]."""
-    r = gram.shape[0] // 2
-    old = gram[:r, :r] - t * gram[:r, r:]
-    new = old - t * (gram[r:, :r] - t * gram[r:, r:])
+def _fit(first: _Grams, t: Float[Array, ""], ridge: Float[Array, ""]) -> Float[Array, "r r"]:
+    """(b b'ᵀ + λ)(b' b'ᵀ + λ)⁻¹ of b' = b - t db and the ridge λ."""
+    old = first.factor - t * first.mixed
+    new = old - t * (first.mixed.T - t * first.step)
     values, vectors = eigh((new + new.T)[None] / 2)
     inverse = dot(vectors[0] / (jnp.maximum(values[0], 0) + ridge)[None, :], vectors[0].T)
-    return dot(old + ridge * jnp.eye(r, dtype=old.dtype), inverse)
+    return dot(old + ridge * jnp.eye(len(old), dtype=old.dtype), inverse)
