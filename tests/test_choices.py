@@ -64,10 +64,13 @@ def distances(x, y):
     return np.max(jax.tree.leaves(jax.tree.map(apart, x, y)), axis=0)
 
 
-@pytest.mark.parametrize(("name", "chosen"), [("reference", {}), ("min-norm", {"x": "sylvester"})])
-def test_the_draft_follows_the_library(x64, name, chosen):
+@pytest.mark.parametrize(
+    ("name", "chosen", "pairs"),
+    [("reference", {}, tuple(SHAPES)), ("min-norm", {"x": "sylvester"}, ("up",))],
+)
+def test_the_draft_follows_the_library(x64, name, chosen, pairs):
     theirs = lp.lorapro_adamw(SCHEDULE, SCALE, mode="factored", **chosen)
-    assert np.all(distances(steps_of(draft(name)), steps_of(theirs)) < 1e-8)
+    assert np.all(distances(steps_of(draft(name), pairs), steps_of(theirs, pairs)) < 1e-8)
 
 
 @pytest.mark.parametrize("name", [name for name in DRAFTS if name != "reference"])
@@ -130,7 +133,7 @@ def test_the_command_keeps_every_run(tmp_path, capsys):
     assert lost["mean_loss"] is lost["largest_loss"] is lost["accuracy"] is None
     assert mine["mean_loss"] == pytest.approx(theirs["mean_loss"], rel=1e-4)
     assert mine["largest_loss"] >= mine["mean_loss"]
-    assert capsys.readouterr().out.count("diverged") == 4  # in the table: loss and accuracy
+    assert capsys.readouterr().out.count("diverged") == 2
     assert before == methods.METHODS
 
 
@@ -152,5 +155,5 @@ def test_the_table_has_means_over_the_seeds():
         "| variant | 0.0001: loss | 0.0001: accuracy | 0.001: loss | 0.001: accuracy |",
         "|---|---|---|---|---|",
         "| reference | 1.0000 | 0.5000 | 0.3750 | 0.5000 |",
-        "| svd |  |  | diverged (1 of 2) | diverged (1 of 2) |",
+        "| svd |  |  | diverged (1 of 2) | – |",
     ]

@@ -196,10 +196,11 @@ def stacked(tree: Any) -> list[tuple]:
         if name.endswith("lora_a"):
             partner = name.removesuffix("lora_a") + "lora_b"
             alike.setdefault((a.shape, leaves[partner].shape), []).append((name, partner))
-    return [
-        (pairs, *(jnp.stack([leaves[name] for name in column]) for column in zip(*pairs)))  # noqa: B905
-        for pairs in alike.values()
-    ]
+
+    def column(pairs, place: int):
+        return jnp.stack([leaves[pair[place]] for pair in pairs])
+
+    return [(pairs, column(pairs, 0), column(pairs, 1)) for pairs in alike.values()]
 
 
 DRAFTS = {
@@ -295,16 +296,13 @@ def main(settings: Settings) -> None:
             for run in own:
                 about = {"variant": variant, "rate": run.learning_rate, "seed": run.seed}
                 found.append(about | result(run, settings.data_dir))
-                told = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in found[-1].items()}
-                print(*(f"{k} {v}" for k, v in told.items()), sep=", ", flush=True)
+                print(found[-1], flush=True)
             timing.append(found, "choices", settings, settings.results, born)
             rows += found
     names, cells = tables.by_rate(rows)
     made = [dict(zip(names, row, strict=True)) for row in cells]
-    seeds = len(settings.seeds)
-    timing.show(
-        made, f"{settings.task}, {settings.model}: mean training loss and accuracy, n={seeds}"
-    )
+    about = f"{settings.task}, {settings.model}, n={len(settings.seeds)}"
+    timing.show(made, f"mean training loss and accuracy: {about}")
 
 
 if __name__ == "__main__":

@@ -96,10 +96,11 @@ def by_rate(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
 
 
 def _mean(rows: list[dict], name: str) -> str:
-    """Over the seeds; how many of them diverged, if any."""
+    """Over the seeds; where some diverged, how many, in the place of the loss."""
     found = [row[name] for row in rows if row[name] is not None]
     if len(found) < len(rows):
-        return f"diverged ({len(rows) - len(found)} of {len(rows)})"
+        diverged = f"diverged ({len(rows) - len(found)} of {len(rows)})"
+        return diverged if name == "mean_loss" else "–"
     return f"{sum(found) / len(found):.4f}" if found else ""
 
 
