@@ -150,13 +150,14 @@ def best_of_rank(a, b, da, db):
     Its singular values go to b, and a keeps its norm: halves of them on either side would make a as
     small as b is in the beginning, and the radius with it, which is in units of the larger one.
     """
-    r = len(b)
-    left, R_left = jnp.linalg.qr(jnp.concatenate([a + da, a], axis=1))
-    right, R_right = jnp.linalg.qr(jnp.concatenate([b, db]).T)
-    u, values, v = jnp.linalg.svd(matmul(R_left, R_right.T), full_matrices=False)
-    size = jnp.linalg.norm(a) / r**0.5
-    new_b = matmul(values[:r, None] / size * v[:r], right.T)
-    return size * matmul(left, u[:, :r]) - a, new_b - b
+    X = matmul(a + da, b) + matmul(a, db)
+    frame, _ = jnp.linalg.qr(jnp.concatenate([a, da], axis=1))  # of X's columns
+    inside = matmul(frame.T, X)
+    # The left singular vectors; where X = 0, the first ones of the frame, which span what a does.
+    _, vectors = jnp.linalg.eigh(-matmul(inside, inside.T))
+    left = matmul(frame, vectors[:, : len(b)])
+    size = jnp.linalg.norm(a) / len(b) ** 0.5
+    return size * left - a, matmul(left.T, X) / size - b
 
 
 def optimizer(choice: Draft, rate: optax.Schedule, scale: float) -> optax.GradientTransformation:
@@ -173,7 +174,8 @@ def optimizer(choice: Draft, rate: optax.Schedule, scale: float) -> optax.Gradie
         for (names, a, b), (_, h_a, h_b), old in zip(
             stacked(params), stacked(updates), states, strict=True
         ):
-            added, new = jax.vmap(one)(a, b, h_a, h_b, old)
+            # Not vmap: jaxlib's batched QR can hang on a CPU of few cores.
+            added, new = jax.lax.map(lambda pair: one(*pair), (a, b, h_a, h_b, old))
             fresh.append(new)
             for i, pair in enumerate(names):
                 steps |= {name: x[i] for name, x in zip(pair, added, strict=True)}
