@@ -83,6 +83,32 @@ def accuracy_table(rows: list[dict]) -> str:
     return markdown(["κ", *names], cells)
 
 
+def by_rate(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
+    """(headings, cells) of `experiments.bench.choices`: a line for each variant, over the seeds."""
+    rates = sorted({r["rate"] for r in rows})
+    scores = {"loss": "mean_loss", "accuracy": "accuracy"}
+    names = [f"{rate:g}: {what}" for rate in rates for what in scores]
+    cells = []
+    for variant in dict.fromkeys(r["variant"] for r in rows):
+        own = [[r for r in rows if (r["variant"], r["rate"]) == (variant, x)] for x in rates]
+        cells.append([variant, *(_mean(seeds, k) for seeds in own for k in scores.values())])
+    return ["variant", *names], cells
+
+
+def _mean(rows: list[dict], name: str) -> str:
+    """Over the seeds; where some diverged, how many, in the place of the loss."""
+    found = [row[name] for row in rows if row[name] is not None]
+    if len(found) < len(rows):
+        diverged = f"diverged ({len(rows) - len(found)} of {len(rows)})"
+        return diverged if name == "mean_loss" else "–"
+    return f"{sum(found) / len(found):.4f}" if found else ""
+
+
+def choices_table(rows: list[dict]) -> str:
+    """Mean training loss and accuracy of `experiments.bench.choices`, at each learning rate."""
+    return markdown(*by_rate(rows))
+
+
 def where(row: dict) -> str:
     """The row's birth certificate in a line."""
     device = (
@@ -124,14 +150,16 @@ def pod_tables(rows: list[dict], model: str = "llama3-8b") -> str:
     return "\n\n".join(parts)
 
 
+MADE_BY = {"bench_accuracy": accuracy_table, "bench_choices": choices_table}  # others: `table`
+
+
 def main(command: Tables) -> None:
     """Writes the section."""
     parts = []
     for name, title in TITLES.items():
         rows = latest(command.results / f"{name}.jsonl")
         script = f"`python -m experiments.bench.{name.removeprefix('bench_')}`"
-        made = accuracy_table(rows) if name == "bench_accuracy" else table(rows)
-        parts += [f"{title} {where(rows[0])} {script}", made]
+        parts += [f"{title} {where(rows[0])} {script}", MADE_BY.get(name, table)(rows)]
     text = splice(command.readme.read_text(), "\n\n".join(parts), BEGIN, END)
     pod = [json.loads(line) for line in (command.results / "pod.jsonl").read_text().splitlines()]
     text = splice(text, pod_tables(pod), POD_BEGIN, POD_END)

@@ -66,9 +66,11 @@ def show(rows: list[dict], title: str) -> None:
     Console().print(table)
 
 
-def append(rows: list[dict], bench: str, settings: Any, path: pathlib.Path) -> None:
-    """One JSON line per row, with the settings and the birth certificate."""
-    born = provenance()
+def append(
+    rows: list[dict], bench: str, settings: Any, path: pathlib.Path, born: dict | None = None
+) -> None:
+    """One JSON line per row, with the settings and the birth certificate, now's or `born`."""
+    born = provenance() if born is None else born
     fields = dataclasses.asdict(settings).items()
     config = {k: v for k, v in fields if not isinstance(v, pathlib.Path)}  # where, not what
     path.parent.mkdir(parents=True, exist_ok=True)
