@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 from jaxtyping import Array
 
 from lorapro_jax import _trust
@@ -92,7 +93,7 @@ def pairwise(
         new = jax.tree.leaves(others)
         count = jnp.asarray(optax.safe_increment(state.count))
         one = functools.partial(_one_group, rule, taken, count)
-        if any(isinstance(x, jax.core.Tracer) for x in leaves):
+        if any(isinstance(x, Tracer) for x in leaves):
             one = jax.jit(one, static_argnums=0)  # traced once for all groups of one shape
         made = {}
         for name, group in groups(find(paths, leaves), values).items():
