@@ -127,7 +127,7 @@ def _adam(adam: Adam) -> optax.GradientTransformation:
 def scale_by_lorapro_adam(
     scale: Scale,
     *,
-    mode: str = "full",
+    mode: str = "factored",
     b1: float | Array = 0.9,
     b2: float | Array = 0.999,
     eps: float | Array = 1e-8,
@@ -145,12 +145,13 @@ def scale_by_lorapro_adam(
     behaves like full fine-tuning and holds two (m, n) arrays a pair. "factored" does the same with
     the row and column means of g~² in the place of v, and m as a tangent vector that is carried
     from one step's factors to the next one's: (m + n)(2r + 1) numbers a pair, and no (m, n) array.
+    It is the default because it trained as full mode did wherever we compared them (README).
     "efficient" applies Adam to the projected factors and holds what plain LoRA with Adam holds.
     Leaves in no pair get Adam.
 
     Args:
       scale: as in `lorapro`.
-      mode: "full", "factored" or "efficient".
+      mode: "factored", "full" or "efficient".
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the root of the second moment.
@@ -211,7 +212,7 @@ def lorapro_adamw(
     learning_rate: optax.ScalarOrSchedule,
     scale: Scale,
     *,
-    mode: str = "full",
+    mode: str = "factored",
     b1: float | Array = 0.9,
     b2: float | Array = 0.999,
     eps: float | Array = 1e-8,
@@ -239,7 +240,7 @@ def lorapro_adamw(
       learning_rate: a number or an optax schedule. In full and factored mode rates are full
         fine-tuning's.
       scale: as in `lorapro`.
-      mode: "full", "factored" or "efficient", as in `scale_by_lorapro_adam`.
+      mode: "factored", "full" or "efficient", as in `scale_by_lorapro_adam`.
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the root of the second moment.

@@ -62,7 +62,7 @@ def run(case, dtype=None, mu_dtype=None, pairs=1):
     """(directions of the last step, state) after some steps at fixed factors."""
     factors = [(a, b) for a, b, _ in random(case, 0, pairs)]
     tx = lp.scale_by_lorapro_adam(
-        SCALE, damping=0.0, mu_dtype=mu_dtype, layout=layout(case[2], case[0])
+        SCALE, mode="full", damping=0.0, mu_dtype=mu_dtype, layout=layout(case[2], case[0])
     )
     params = tree(case, factors, dtype)
     state, update, updates = tx.init(params), jax.jit(tx.update), None
@@ -143,7 +143,7 @@ def test_temporary_memory_is_that_of_a_few_blocks(layers, m):
         "lora_b": jax.ShapeDtypeStruct((r, n), jnp.float32),
     }
     params = {f"layer_{i}": node for i in range(layers)}
-    tx = lp.scale_by_lorapro_adam(SCALE)
+    tx = lp.scale_by_lorapro_adam(SCALE, mode="full")
     state = jax.eval_shape(tx.init, params)
     program = jax.jit(tx.update, donate_argnums=1).lower(params, state, params).compile()
     factors = 4 * layers * r * (m + n)

@@ -247,10 +247,9 @@ def test_a_kernel_spec_that_is_too_long_is_an_error():
     one = NamedSharding(jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,)), P())
     params = {"q": {"lora_a": jnp.ones((6, 2)), "lora_b": jnp.ones((2, 4))}}
     params = jax.device_put(params, one)
+    tx = lp.lorapro_adamw(1e-3, 2.0, mode="full")
     with pytest.raises(ValueError, match="q, whose moments are one array.*of 2 axes at most"):
-        lp.state_shardings(
-            lp.lorapro_adamw(1e-3, 2.0), params, kernels=lambda path: P(None, None, None)
-        )
+        lp.state_shardings(tx, params, kernels=lambda path: P(None, None, None))
 
 
 def test_state_of_frozen_and_masked_parts_is_told_too():

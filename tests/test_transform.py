@@ -20,7 +20,8 @@ TRANSFORMS = {
     "lorapro": lambda **kw: lp.lorapro(SCALE, **kw),
     "full": lambda **kw: lp.scale_by_lorapro_adam(SCALE, mode="full", **kw),
     "efficient": lambda **kw: lp.scale_by_lorapro_adam(SCALE, mode="efficient", **kw),
-    "adamw full": lambda **kw: lp.lorapro_adamw(1e-2, SCALE, weight_decay=0.1, **kw),
+    "adamw full": lambda **kw: lp.lorapro_adamw(1e-2, SCALE, mode="full", weight_decay=0.1, **kw),
+    "adamw factored": lambda **kw: lp.lorapro_adamw(1e-2, SCALE, weight_decay=0.1, **kw),
     "adamw efficient": lambda **kw: lp.lorapro_adamw(1e-2, SCALE, mode="efficient", **kw),
 }
 every_transform = pytest.mark.parametrize("make", TRANSFORMS.values(), ids=TRANSFORMS.keys())
