@@ -183,3 +183,37 @@ def test_a_pod_row_with_step_and_update_stands_in_both_tables():
     made = tables.pod_tables([row], "m")
     assert "| v5e:4x4 | efficient | 2 | 1,000 | 1 | 4 | 4 | 4 | 4 |" in made
     assert made.count("(1.0000%)") == 3
+
+
+def test_shapes_by_rank_and_their_exponents():
+    def row(variant, rank, seconds, ratio, **more):
+        where = {"bench": "shapes", "model": "m", "layers": 1, "width": 1}
+        times = {"median_s": seconds, "ratio_to_adamw": ratio, "over_copy": 10 * ratio}
+        return where | {"variant": variant, "rank": rank} | times | more
+
+    slope = {"bench": "shapes_exponent", "model": "m", "time_by": "rank"}
+    made = tables.shapes_table(
+        [
+            row("adamw", 8, 0.002, 1.0),
+            row("efficient", 8, 0.004, 2.0),
+            row("full", 8, 0.04, 20.0),
+            row("dense floor", None, 0.01, 5.0),
+            row("adamw", 16, 0.003, 1.0),
+            row("adamw", 8, 9.0, 9.0),  # measured again, for another exponent
+            row("efficient", 8, 9.0, 9.0, layers=2),
+            slope | {"variant": "efficient", "exponent": 1.234},
+        ]
+    )
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in made.splitlines() if line]
+    assert lines[2] == ["m", "8", "2", "2", "", "20", "10", "20", "", "200"]
+    assert lines[3] == ["m", "16", "3", "", "", "", "10", "", "", ""]
+    assert lines[4] == ["time ~ x ** exponent", "rank, m"]
+    assert lines[7] == ["efficient", "1.23"]
+
+
+def test_first_steps_over_all_sizes_of_b():
+    row = {"variant": "full", "form": "default", "rate": 0.1, "monotone": True, "largest_jump": 0.0}
+    rows = [row | {"size": 0.0}, row | {"size": 1.0, "monotone": False, "largest_jump": 0.25}]
+    made = tables.first_steps_table([*rows, row | {"variant": "sgd", "size": None}])
+    assert made.splitlines()[0] == "| variant | form | 0.1 |"
+    assert made.splitlines()[2:] == ["| full | default | 1/2 2e-01 |"]

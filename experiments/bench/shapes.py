@@ -8,16 +8,16 @@ Float32, random factors and gradients, whole jitted steps with donated buffers, 
 D in its weights, adamw and efficient 7 F (factors, moments; and gradients, read only), factored 5 F
 and twice its row and column means, full 3 F + 4 D, dense floor 4 D, dense adam 7 D. `over_copy` is
 the time over that of moving as many bytes by a copy (x + 1 in place on 256 MiB) in the same run. A
-layer of T5-base at rank 8 stays in the caches and below 1 ms, where calls and small kernels cost
-more than bytes; there it says little.
+layer of T5-base at rank 8 stays in the caches, where calls and small kernels cost more than bytes;
+there it says little.
 
 Full mode at Llama-3-70B holds 6.8 GB and takes seconds: it runs at `full_ranks_70b` only. Dense
 variants do not depend on the rank, are measured once, and are left out where their arrays would be
 more than `dense_gib` (dense adam of a layer of Llama-3-70B is 12.7 GiB). Groups of variants that
 need not be in memory together are measured one after the other, each with its own adamw and copy.
 
-The exponents are slopes of log time against log rank, and against log of the number of layers of
-T5-base at rank 8.
+The exponents are slopes of log time against log rank, and of T5-base at rank 8 against the log of
+the number of layers and, in six layers, of m + n: all widths times `widths`.
 """
 
 import dataclasses
@@ -33,6 +33,7 @@ import tyro
 
 from experiments.bench import floors, timing
 from experiments.bench.update import stepper, transformations
+from experiments.provenance import provenance
 
 # input and output widths of a layer's linear maps
 LAYERS: dict[str, dict[str, tuple[int, int]]] = {
@@ -47,7 +48,8 @@ LAYERS: dict[str, dict[str, tuple[int, int]]] = {
     | {"down": (28672, 8192)},
 }
 LARGE = "llama-3-70b"
-BY_LAYERS = "t5-base"
+BY_SIZE = "t5-base"
+PROJECTED = ("efficient", "factored", "full")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,8 @@ class Settings:
     layers: int = 1
     layer_counts: tuple[int, ...] = (1, 2, 4, 12)
     """Of T5-base, for the exponent in the number of layers; none: not measured."""
+    widths: tuple[int, ...] = (1, 2, 4)
+    """Multiples of T5-base's, for the exponent in m + n; none: not measured."""
     full_ranks_70b: tuple[int, ...] = (8, 64)
     dense_gib: float = 8.0
     rounds: int = 20
@@ -67,9 +71,13 @@ class Settings:
     results: pathlib.Path = pathlib.Path("experiments/results/bench_shapes.jsonl")
 
 
-def weights(model: str, layers: int) -> dict[str, tuple[int, int]]:
-    """{layer_i/place: (m, n)}."""
-    return {f"layer_{i}/{k}": v for i in range(layers) for k, v in LAYERS[model].items()}
+def weights(model: str, layers: int, width: int = 1) -> dict[str, tuple[int, int]]:
+    """{layer_i/place: (m, n)}, all of them `width` times the model's."""
+    return {
+        f"layer_{i}/{place}": (width * m, width * n)
+        for i in range(layers)
+        for place, (m, n) in LAYERS[model].items()
+    }
 
 
 def tree(shapes: dict[str, tuple[int, int]], rank: int, seed: int) -> dict:
@@ -101,9 +109,11 @@ def least_bytes(variant: str, shapes: dict[str, tuple[int, int]], rank: int) -> 
     return 4 * entries[variant]
 
 
-def measured(model: str, layers: int, rank: int, variants: tuple[str, ...], s: Settings) -> list:
+def measured(
+    model: str, layers: int, rank: int, variants: tuple[str, ...], s: Settings, width: int = 1
+) -> list[dict]:
     """Rows of the variants that are in memory together; adamw is the first of them."""
-    shapes = weights(model, layers)
+    shapes = weights(model, layers, width)
     calls: dict[Any, Callable] = {}
     held: dict[str, int] = {}
     calls["copy"], copied = floors.copy()
@@ -122,7 +132,8 @@ def measured(model: str, layers: int, rank: int, variants: tuple[str, ...], s: S
         name = row["variant"]
         least = least_bytes(name, shapes, rank)
         rows.append(
-            {"model": model, "layers": layers, "rank": None if name in dense else rank}
+            {"model": model, "layers": layers, "width": width}
+            | {"rank": None if name in dense else rank}
             | row
             | {
                 "state_bytes": held[name],
@@ -153,8 +164,12 @@ def by_rank(model: str, s: Settings) -> list[dict]:
 
 def by_layers(s: Settings) -> list[dict]:
     """T5-base at rank 8 with several numbers of layers."""
-    variants = ("efficient", "factored", "full")
-    return [r for n in s.layer_counts for r in measured(BY_LAYERS, n, 8, variants, s)]
+    return [r for n in s.layer_counts for r in measured(BY_SIZE, n, 8, PROJECTED, s)]
+
+
+def by_width(s: Settings) -> list[dict]:
+    """Six layers of T5-base at rank 8, and of wider ones."""
+    return [r for k in s.widths for r in measured(BY_SIZE, 6, 8, PROJECTED, s, width=k)]
 
 
 def exponents(rows: list[dict], of: str) -> list[dict]:
@@ -173,21 +188,23 @@ def exponents(rows: list[dict], of: str) -> list[dict]:
 
 def main(settings: Settings) -> None:
     """Measures, shows, and appends one JSON line per variant, and one per exponent."""
-    rows, slopes = [], []
+    born, rows, slopes = provenance(), [], []  # all lines are of one measurement
+
+    def keep(mine: list[dict], title: str, of: str) -> None:
+        timing.show(mine, f"one update of {title}, float32")
+        rows.extend(mine)
+        slopes.extend(exponents(mine, of))
+
     for model in settings.models:
-        mine = by_rank(model, settings)
-        timing.show(mine, f"one update of {settings.layers} layer(s) of {model}, float32")
-        rows += mine
-        slopes += exponents(mine, "rank")
+        keep(by_rank(model, settings), f"{settings.layers} layer(s) of {model}", "rank")
     if settings.layer_counts:
-        mine = by_layers(settings)
-        timing.show(mine, f"one update of {BY_LAYERS} by number of layers, float32")
-        rows += mine
-        slopes += exponents(mine, "layers")
-    timing.append(rows, "shapes", settings, settings.results)
+        keep(by_layers(settings), f"{BY_SIZE} by number of layers", "layers")
+    if settings.widths:
+        keep(by_width(settings), f"{BY_SIZE} by width", "width")
+    timing.append(rows, "shapes", settings, settings.results, born)
     if slopes:
         timing.show(slopes, "time ~ x ** exponent")
-        timing.append(slopes, "shapes_exponent", settings, settings.results)
+        timing.append(slopes, "shapes_exponent", settings, settings.results, born)
 
 
 if __name__ == "__main__":
