@@ -1,6 +1,6 @@
 """Compiles a training step for a TPU slice ahead of time, on a machine without one.
 
-    python -m experiments.pod --topology v5e:16x16 --model llama3-8b --mode efficient,full,lora
+    python -m experiments.pod --topology v5e:16x16 --model llama3-8b --mode factored,full,lora
 
 Needs libtpu (`pip install libtpu`), which holds the TPU compiler; no TPU. For every mode the whole
 step is compiled (loss, gradients of the adapters, clipping, update, new parameters, buffers
@@ -59,8 +59,8 @@ class Settings:
     """Generation and shape of the slice: v5e:4x4, v5e:16x16, v6e:8x8, v5p:4x4x4, v4:2x2x4."""
     model: str = "llama3-8b"
     """llama3-8b (synthetic, of its shapes), minilm, or tiny (a decoder for tests)."""
-    mode: str = "efficient,full,lora"
-    """Any of efficient, full, lora (AdamW on the factors), with commas between."""
+    mode: str = "factored,full,efficient,lora"
+    """Any of factored, full, efficient, lora (AdamW on the factors), with commas between."""
     mesh: str | None = None
     """FSDPxTENSOR, such as 64x4; None: all chips along fsdp."""
     batch: int | None = None
