@@ -259,7 +259,7 @@ def test_state_of_frozen_and_masked_parts_is_told_too():
     }
     params = jax.device_put(params, one)
     for tx in (
-        lp.freeze_base(lp.lorapro_adamw(1e-3, 2.0)),
+        lp.freeze_base(lp.lorapro_adamw(1e-3, 2.0, mode="full")),
         optax.MultiSteps(lp.freeze_base(lp.lorapro_adamw(1e-3, 2.0, mode="efficient")), 2),
         optax.inject_hyperparams(lp.lorapro_adamw)(learning_rate=1e-3, scale=2.0, mode="efficient",
                                                    require_pairs=False),
