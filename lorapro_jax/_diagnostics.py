@@ -108,12 +108,8 @@ def _inner(L: Array, R: Array, L2: Array, R2: Array) -> Array:
 
 def _compare(p: Problem, step, target) -> tuple[Array, Array, Array, Array]:
     """Cosine, relative distance and both norms of J(step) and J(target)."""
-
-    def thin(da, db):
-        return jnp.concatenate([da, p.a], -1), jnp.concatenate([p.b, db], 0)
-
-    x, y = thin(*step), thin(*target)
-    difference = thin(step[0] - target[0], step[1] - target[1])
+    x, y = (_solve.tangent(p.a, p.b, *z) for z in (step, target))
+    difference = _solve.tangent(p.a, p.b, step[0] - target[0], step[1] - target[1])
     tiny = jnp.finfo(p.a.dtype).tiny
     norm_x, norm_y, norm_d = (
         jnp.abs(p.s) * jnp.sqrt(jnp.maximum(_inner(*z, *z), 0)) for z in (x, y, difference)

@@ -93,7 +93,7 @@ def _step(
     n_a, n_b = solve(*mu)
     left, right = _scales(row, col, 1 - jnp.asarray(b2, row.dtype) ** count, eps)
     left = left / (1 - jnp.asarray(b1, row.dtype) ** count)
-    L, R = jnp.concatenate([n_a, a], axis=-1), jnp.concatenate([b, n_b])
+    L, R = _solve.tangent(a, b, n_a, n_b)
     direction = solve(*seen(L * left[..., None], R * right[None], a, b, s))
     if old.a is None:  # float32 until `carry` has had them
         return direction, Fields(n_a, n_b, row, col, None, None)
@@ -114,8 +114,7 @@ def carried(
     s: Float[Array, ""],
 ) -> tuple[Float[Array, "*m r"], Float[Array, "r *n"]]:
     """(s T b_newᵀ, s a_newᵀ T) of T = s (n_a b + a n_b)."""
-    L, R = jnp.concatenate([n_a, a], axis=-1), jnp.concatenate([b, n_b])
-    return seen(L, R, a_new, b_new, s)
+    return seen(*_solve.tangent(a, b, n_a, n_b), a_new, b_new, s)
 
 
 def seen(

@@ -94,7 +94,8 @@ def pairwise(
         count = jnp.asarray(optax.safe_increment(state.count))
         one = functools.partial(_one_group, rule, taken, count)
         if any(isinstance(x, Tracer) for x in leaves):
-            one = jax.jit(one, static_argnums=0)  # traced once for all groups of one shape
+            # Traced once for all groups of one shape. Eagerly it would be compiled at every call.
+            one = jax.jit(one, static_argnums=0)
         made = {}
         for name, group in groups(find(paths, leaves), values).items():
             old = tuple(getattr(state, field)[name] for field in fields)

@@ -161,6 +161,16 @@ def solve(
     return combine(a, b, h_a, h_b, coefficients(spec, shared_core(b, h_b), s, x))
 
 
+def tangent(
+    a: Float[Array, "*m r"],
+    b: Float[Array, "r *n"],
+    da: Float[Array, "*m r"],
+    db: Float[Array, "r *n"],
+) -> tuple[Float[Array, "*m k"], Float[Array, "k *n"]]:
+    """L and R of rank k = 2 r with da b + a db = L R."""
+    return jnp.concatenate([da, a], axis=-1), jnp.concatenate([b, db], axis=0)
+
+
 def equivalent_gradient(
     a: Float[Array, "*m r"],
     b: Float[Array, "r *n"],
@@ -173,8 +183,8 @@ def equivalent_gradient(
 
     Sharded as `like` is, if given.
     """
-    left = jnp.concatenate([da, a], axis=-1) * s.astype(a.dtype)
-    return contract(left, jnp.concatenate([b, db], axis=0), [a.ndim - 1], [0], like=like)
+    L, R = tangent(a, b, da, db)
+    return contract(L * s.astype(a.dtype), R, [a.ndim - 1], [0], like=like)
 
 
 def project(

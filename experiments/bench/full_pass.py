@@ -52,8 +52,8 @@ def floor(state: tuple, seed: jax.Array) -> tuple:
 def products(carry: tuple, params: dict, grads: dict) -> tuple:
     """(h_a, h_b) of g~ = da b + a db, a block of rows at a time; (da, db) are the gradients."""
     a, b, da, db = (x["q"][name] for x in (params, grads) for name in ("lora_a", "lora_b"))
-    # a power of two, which divides all of SHAPES
-    blocks = 1 << (4 * a.shape[0] * b.shape[1] // BLOCK).bit_length()
+    wanted = 1 << (4 * a.shape[0] * b.shape[1] // BLOCK).bit_length()
+    blocks = math.gcd(a.shape[0], wanted)
     rows = [x.reshape(blocks, -1, x.shape[1]) for x in (a, da)]
 
     def block(h_b, rows):
