@@ -127,13 +127,14 @@ class RunConfig(Training):
 class Command(Training):
     """Fine-tune a pretrained encoder by several methods and compare them.
 
-    Example: python -m experiments.finetune --methods full,lora,lorapro-full,lorapro-efficient
+    Example: python -m experiments.finetune --methods full,lora,lorapro-factored
     """
 
     methods: Annotated[tuple[str, ...], _list_of(str, "NAME,NAME,...")] = (
         "full",
         "lora",
         "lorapro-full",
+        "lorapro-factored",
         "lorapro-efficient",
     )
     """Any of full, lora, lorapro-full, lorapro-factored, lorapro-efficient."""
