@@ -4,6 +4,7 @@ Colours are Okabe and Ito's, which the colour-blind can tell apart; line styles,
 say the same a second time.
 """
 
+import functools
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -43,9 +44,9 @@ SMOOTHED_OVER = 10  # a point of a curve is the mean of this share of it: 1/10
 
 
 def draw(rows: Sequence[Row], folder: pathlib.Path, prefix: str = "") -> dict[str, pathlib.Path]:
-    """Writes <prefix>loss.png, and metric.png, rates.png or both, into `folder`.
+    """Writes <prefix>loss.png, and metric.png, rates.png and rates-loss.png or all, into `folder`.
 
-    Rows of a sweep over learning rates go into rates.png, the others into metric.png. Each has one
+    Rows of a sweep over learning rates go into the rates, the others into metric.png. Each has one
     panel per task and settings. An earlier image that has no rows any more is removed.
 
     Returns:
@@ -56,7 +57,12 @@ def draw(rows: Sequence[Row], folder: pathlib.Path, prefix: str = "") -> dict[st
     images = {
         "training loss": (rows, loss_curves, "loss"),
         "headline metric": (others, metric_bars, "metric"),
-        "headline metric by learning rate": (swept, metric_by_rate, "rates"),
+        "headline metric by learning rate": (swept, by_rate, "rates"),
+        "validation loss by learning rate": (
+            swept,
+            functools.partial(by_rate, name="loss"),
+            "rates-loss",
+        ),
     }
     made = {}
     for what, (shown, panel, name) in images.items():
@@ -171,8 +177,8 @@ def metric_bars(ax: Axes, rows: Sequence[Row]) -> None:
     _cut_axis(ax, rows)
 
 
-def metric_by_rate(ax: Axes, rows: Sequence[Row]) -> None:
-    """The headline metric against the learning rate, a line per method, its standard error a band.
+def by_rate(ax: Axes, rows: Sequence[Row], name: str = "metric") -> None:
+    """A score against the learning rate, a line per method, its standard error a band.
 
     A cross at the bottom is a rate at which a seed diverged; the line is broken there.
     """
@@ -180,8 +186,8 @@ def metric_by_rate(ax: Axes, rows: Sequence[Row]) -> None:
         style = STYLES.get(method, _OTHER)
         mine = sorted((r for r in rows if r.method == method), key=lambda r: r.learning_rate)
         rates = np.array([row.learning_rate for row in mine])
-        means = np.array([np.nan if row.diverged else row.mean["metric"] for row in mine])
-        errors = np.array([0.0 if row.diverged else row.error or 0.0 for row in mine])
+        means = np.array([np.nan if row.diverged else row.mean[name] for row in mine])
+        errors = np.array([0.0 if row.diverged else row.error(name) or 0.0 for row in mine])
         ax.fill_between(rates, means - errors, means + errors, color=style.colour, alpha=0.15, lw=0)
         ax.plot(rates, means, ls=style.line, color=style.colour, marker=style.marker, ms=5, lw=1.8,
                 label=method)  # fmt: skip
@@ -190,7 +196,8 @@ def metric_by_rate(ax: Axes, rows: Sequence[Row]) -> None:
                 transform=ax.get_xaxis_transform())  # fmt: skip
     ax.set_xscale("log")
     ax.set_xlabel("peak learning rate")
-    ax.set_ylabel(f"validation {rows[0].metric}, mean ± s.e.")
+    what = rows[0].metric if name == "metric" else name
+    ax.set_ylabel(f"validation {what}, mean ± s.e.")
     seeds = sorted({row.n for row in rows})
     crosses = "; x: diverged" if any(row.diverged for row in rows) else ""
     ax.set_title(f"{rows[0].task}, n = {'-'.join(map(str, seeds))}{crosses}", fontsize=10)

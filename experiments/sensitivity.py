@@ -111,12 +111,15 @@ def _near(row: Row, reference: float) -> bool:
     return not row.diverged and row.mean["metric"] >= reference - POINT - _ROUNDING
 
 
-def difference(first: Row, second: Row) -> Difference | None:
+def difference(first: Row, second: Row, name: str = "metric") -> Difference | None:
     """first - second over the seeds of both; None if there is none, or one of the rows diverged."""
     if first.diverged or second.diverged:
         return None
     scores = [
-        {r["config"]["seed"]: r["final"][row.metric] for r in row.records}
+        {
+            r["config"]["seed"]: r["final"][row.metric if name == "metric" else name]
+            for r in row.records
+        }
         for row in (first, second)
     ]
     pairs = [scores[0][seed] - scores[1][seed] for seed in scores[0].keys() & scores[1].keys()]
@@ -134,16 +137,17 @@ def tables(rows: Sequence[Row]) -> list[Table]:
         pairs = [pair for pair in COMPARED if set(pair) <= sweep.methods.keys()]
         if pairs:
             made.append(_comparisons(sweep, pairs))
+        made.append(_losses(sweep, pairs))
     return made
 
 
-def score(row: Row | None) -> str:
+def score(row: Row | None, name: str = "metric") -> str:
     """Mean ± standard error, how many seeds diverged, or a dash where nothing was run."""
     if row is None:
         return "–"
     if row.diverged:
         return f"diverged ({row.diverged} of {row.n})"
-    return _with_error(f"{row.mean['metric']:.3f}", row.error, 3)
+    return _with_error(f"{row.mean[name]:.3f}", row.error(name), 3)
 
 
 def _with_error(mean: str, error: float | None, digits: int) -> str:
@@ -187,28 +191,42 @@ def _width(found: Band | None) -> str:
 
 
 def _comparisons(sweep: Sweep, pairs: Sequence[tuple[str, str]]) -> Table:
-    cells = []
-    for pair in pairs:
-        first, second = (sweep.methods[name] for name in pair)
-        shared = [rate for rate in sweep.rates if rate in first and rate in second]
-        found = {rate: difference(first[rate], second[rate]) for rate in shared}
-        judged = [d for d in found.values() if d is not None and d.error is not None]
-        cells.append(
-            [
-                " − ".join(pair),
-                f"{sum(d.within for d in judged)} of {len(judged)}",
-                *(
-                    _difference(found[rate], first[rate], second[rate]) if rate in found else "–"
-                    for rate in sweep.rates
-                ),
-            ]
-        )
+    cells = [[" − ".join(pair), *_compared(sweep, pair, "metric")] for pair in pairs]
     headings = ["difference", "within", *(f"{rate:g}" for rate in sweep.rates)]
     note = (
         "Mean difference ± its standard error, paired by seed. *: it is more than one standard "
         "error; within: the number of rates at which it is not."
     )
     return Table(f"{sweep.title}, difference at equal rates", headings, cells, note)
+
+
+def _losses(sweep: Sweep, pairs: Sequence[tuple[str, str]]) -> Table:
+    """The validation loss, which tells methods apart where few answers change."""
+    cells = [
+        [name, "", *(score(rates.get(rate), "loss") for rate in sweep.rates)]
+        for name, rates in sweep.methods.items()
+    ]
+    cells += [[" − ".join(pair), *_compared(sweep, pair, "loss")] for pair in pairs]
+    headings = ["method or difference", "within", *(f"{rate:g}" for rate in sweep.rates)]
+    note = (
+        "Mean ± standard error over the seeds; differences paired by seed. *: it is more than one "
+        "standard error; within: the number of rates at which it is not."
+    )
+    about = sweep.title.rpartition(":")[0]
+    return Table(f"{about}: validation loss", headings, cells, note)
+
+
+def _compared(sweep: Sweep, pair: tuple[str, str], name: str) -> list[str]:
+    """At how many rates two methods are within an error of each other, and the differences."""
+    first, second = (sweep.methods[method] for method in pair)
+    shared = [rate for rate in sweep.rates if rate in first and rate in second]
+    found = {rate: difference(first[rate], second[rate], name) for rate in shared}
+    judged = [d for d in found.values() if d is not None and d.error is not None]
+    shown = (
+        _difference(found[rate], first[rate], second[rate]) if rate in found else "–"
+        for rate in sweep.rates
+    )
+    return [f"{sum(d.within for d in judged)} of {len(judged)}", *shown]
 
 
 def _difference(found: Difference | None, first: Row, second: Row) -> str:

@@ -28,10 +28,9 @@ class Row(NamedTuple):
     std: dict[str, float]  # sample standard deviation; 0 for n = 1; empty if a seed diverged
     records: list[dict[str, Any]]
 
-    @property
-    def error(self) -> float | None:
-        """Standard error of the headline metric's mean; None for one seed."""
-        return self.std["metric"] / math.sqrt(self.n) if self.n > 1 else None
+    def error(self, name: str = "metric") -> float | None:
+        """Standard error of a score's mean; None for one seed."""
+        return self.std[name] / math.sqrt(self.n) if self.n > 1 else None
 
 
 def read(folder: pathlib.Path) -> list[dict[str, Any]]:

@@ -68,7 +68,7 @@ def _cells(records) -> list[dict[str, dict[str, str]]]:
 
 
 def test_the_table_of_the_methods():
-    methods, _ = _cells(swept())
+    methods, _, _ = _cells(swept())
     lora, efficient = methods["lora"], methods["lorapro-efficient"]
     assert (lora["best rate"], lora["there"]) == ("0.0003", "0.800 ± 0.001")
     assert (lora["own band"], lora["common band"]) == ("1.00", "0.00")
@@ -98,6 +98,25 @@ def test_methods_are_compared_by_pairs_of_one_seed():
     assert row["within"] == "0 of 6"
 
 
+def test_validation_losses_are_compared_like_the_metric():
+    """Accuracies that tie, losses that do not."""
+    losses = {"lorapro-factored": [0.500, 0.522, 0.541], "lorapro-full": [0.510, 0.530, 0.550]}
+    records = []
+    for method, by_seed in losses.items():
+        for rate in RATES:
+            for seed, loss in enumerate(by_seed):
+                made = record(method=method, rate=rate, seed=seed)
+                records.append(made | {"final": made["final"] | {"loss": loss}})
+    *_, found = _cells(records)
+    mean, error = np.mean([0.510, 0.530, 0.550]), np.std([0.510, 0.530, 0.550], ddof=1) / 3**0.5
+    assert found["lorapro-full"]["0.0001"] == f"{mean:.3f} ± {error:.3f}"
+    difference = found["lorapro-factored − lorapro-full"]
+    pairs = [-0.010, -0.008, -0.009]
+    error = np.std(pairs, ddof=1) / 3**0.5
+    assert difference["0.0001"] == f"{np.mean(pairs):+.4f} ± {error:.4f}*"
+    assert difference["within"] == "0 of 6"
+
+
 def test_a_seed_that_only_one_method_has_is_in_no_pair():
     records = [r for r in swept() if r["config"]["method"] != "lora" or r["config"]["seed"] < 2]
     methods = sweep(records).methods
@@ -119,21 +138,25 @@ def _with_one_diverged(method="lora", rate=3e-4) -> list[dict]:
 
 
 def test_a_rate_with_a_diverged_seed_has_no_mean_and_ends_the_band():
-    methods, comparisons = _cells(_with_one_diverged())
+    methods, comparisons, losses = _cells(_with_one_diverged())
     lora = methods["lora"]
     assert lora["0.0003"] == "diverged (1 of 3)"
     assert (lora["best rate"], lora["own band"]) == ("0.0001", "0.00")
     (row,) = comparisons.values()
     assert row["0.0003"] == "diverged"
     assert row["within"] == "0 of 5"
+    assert losses["lora"]["0.0003"] == "diverged (1 of 3)"
+    assert losses["lora"]["0.0001"] == "0.400 ± 0.000"
 
 
 def test_a_method_that_diverged_everywhere_is_in_every_table_and_plot(tmp_path):
     records = [diverged(r) if r["config"]["method"] == "lora" else r for r in swept()]
-    methods, _ = _cells(records)
+    methods, _, _ = _cells(records)
     assert set(methods["lora"].values()) == {"lora", "0.01", "–", "diverged (3 of 3)"}
     rows = summary.summarise(records)
-    assert set(plots.draw(rows, tmp_path)) == {"training loss", "headline metric by learning rate"}
+    assert set(plots.draw(rows, tmp_path)) == {
+        "training loss", "headline metric by learning rate", "validation loss by learning rate",
+    }  # fmt: skip
     assert report.markdown_table(rows).count("diverged (3 of 3)") == len(RATES)
     assert "diverged (3 of 3)" in report.text_of(rows)[0]
     alone = [r for r in rows if r.method == "lora"]
@@ -169,6 +192,7 @@ def test_a_sweep_stands_in_the_readme_in_place_of_its_many_rows(tmp_path):
     images = re.findall(r"!\[(.+)\]\((.+)\)", many)
     assert [name for name, _ in images] == [
         "training loss", "headline metric", "headline metric by learning rate",
+        "validation loss by learning rate",
     ]  # fmt: skip
     for _, image in images:
         assert (tmp_path / image).read_bytes().startswith(b"\x89PNG")
