@@ -1,9 +1,10 @@
 """Makes t5.npz: what transformers' T5 computes, which tests/test_t5.py compares ours with.
 
-The reference shares no code with this project: PyTorch's T5ForConditionalGeneration, in float64
-(but for the variance in its norms), on random weights that both sides draw with numpy. An adapter
-is folded into its weight there, and its gradients are numpy's projections of PyTorch's dense ones,
-(s G bᵀ, s aᵀ G). Files are compared live, in tests/test_t5_interop.py.
+The reference shares no code with this project: PyTorch's T5ForConditionalGeneration, in float64, on
+random weights that both sides draw with numpy. (Its norms would take their variance in float32 even
+then, so they are given a forward pass that does not.) An adapter is folded into its weight there,
+and its gradients are numpy's projections of PyTorch's dense ones, (s G bᵀ, s aᵀ G). Files are
+compared live, in tests/test_t5_interop.py.
 
     python -m venv reference-venv
     reference-venv/bin/pip install torch==2.13.0
@@ -86,11 +87,18 @@ def batch(vocab_size, lengths=(45, 3, 28), targets=(21, 9, 1)):
     return *padded(lengths, b"tokens"), *padded(targets, b"targets")
 
 
+def _norm(self, x):
+    """T5LayerNorm in the dtype of x."""
+    return self.weight * x / (x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon).sqrt()
+
+
 def model(case, dtype):
     """The PyTorch model of a case with its weights, without adapters."""
     import torch
     import transformers
 
+    if dtype == torch.float64:
+        transformers.models.t5.modeling_t5.T5LayerNorm.forward = _norm
     config = transformers.T5Config(**case, dropout_rate=0.0, decoder_start_token_id=0)
     made = transformers.T5ForConditionalGeneration(config).to(dtype).eval()
     if not case["tie_word_embeddings"]:
