@@ -58,7 +58,9 @@ class Training:
     """What all runs of a command share."""
 
     model: str = "minilm"
-    """The encoder: minilm (pretrained) or tiny (random, for tests)."""
+    """minilm (a pretrained encoder), t5 (text to text), or tiny and t5-tiny (random, for tests)."""
+    weights: str | None = None
+    """For t5: a folder with a T5 as Hugging Face keeps it, or a name there; None: t5-base."""
     task: str = "pydoc"
     """pydoc (embedded, no download), or a GLUE task: cola, mrpc, sst2, rte, qnli, mnli."""
     epochs: int | None = None
@@ -78,7 +80,7 @@ class Training:
     rslora: bool = False
     """Scale by alpha / sqrt(r) instead."""
     dropout: float = 0.0
-    """On the adapters' input and on the pooled features."""
+    """On the adapters' input, and on the encoder's pooled features or everywhere in a T5."""
     head_learning_rate: float | None = None
     """Peak rate of the fresh classification head in the LoRA methods; None: the adapters' rate."""
     warmup_ratio: float = 0.03
@@ -125,7 +127,7 @@ class RunConfig(Training):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Command(Training):
-    """Fine-tune a pretrained encoder by several methods and compare them.
+    """Fine-tune a pretrained model by several methods and compare them.
 
     Example: python -m experiments.finetune --methods full,lora,lorapro-factored
     """

@@ -1,4 +1,4 @@
-"""Fine-tunes an encoder by several methods: python -m experiments.finetune --methods full,lora
+"""Fine-tunes a model by several methods: python -m experiments.finetune --methods full,lora
 
 Every run, a method with a learning rate and a seed, has a folder under --out. A run that was killed
 goes on from its last checkpoint and ends with the same parameters bit for bit; one that is complete
@@ -108,7 +108,13 @@ def checked_runs(command: Command) -> list[RunConfig]:
     """The command's runs, once every name and number in them is known to be good."""
     for name in command.methods:
         methods.get(name)
-    config.one_of("model", command.model, models.MODELS)
+    model = models.get(command.model)
+    if command.weights is None:
+        command = dataclasses.replace(command, weights=model.weights)
+    elif model.weights is None:
+        raise ValueError(
+            f"--weights {command.weights} is for --model t5; {command.model} has its own"
+        )
     data.get(command.task)
     return config.runs(command)
 

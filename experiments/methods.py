@@ -95,7 +95,7 @@ def optimizer(
     tx = method.optimizer(run, schedule(peak.method, run.warmup_ratio, steps))
     if method.adapted:
         head_tx = _adamw(run, schedule(peak.head, run.warmup_ratio, steps))
-        tx = lp.freeze_base(tx, extra={HEAD: head_tx})
+        tx = lp.freeze_base(tx, extra={HEAD: head_tx} if models.get(run.model).head else None)
     return optax.chain(optax.clip_by_global_norm(run.clip_norm), tx) if run.clip_norm else tx
 
 
@@ -109,7 +109,7 @@ def split(
             model,
             rank=run.rank,
             alpha=run.alpha,
-            targets=models.ADAPTED,
+            targets=models.get(run.model).adapted,
             rslora=run.rslora,
             dropout=run.dropout,
             rngs=rngs,

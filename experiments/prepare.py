@@ -12,6 +12,7 @@ from flax import nnx
 from experiments import data, methods, models, programs, train
 from experiments.config import RunConfig
 from experiments.data.batching import BUCKETS
+from experiments.data.prompts import PROMPTS
 from experiments.hosts import ONE, Devices
 
 EVAL_BATCH = 64
@@ -33,19 +34,29 @@ def load_data(run: RunConfig, data_dir: str | None) -> Data:
     """The run's examples; those of the last few runs are kept."""
     seed = run.seed if run.train_examples else 0
     return _load_data(
-        run.task, data_dir, run.model, run.max_length, run.train_examples, run.eval_examples, seed
+        run.task,
+        data_dir,
+        run.model,
+        run.weights,
+        run.max_length,
+        run.train_examples,
+        run.eval_examples,
+        seed,
     )
 
 
 @functools.lru_cache(maxsize=2)
-def _load_data(task, data_dir, model, max_length, train_examples, eval_examples, seed) -> Data:
-    splits = data.load(task, data_dir=data_dir, seed=DATA_SEED)
-    tokenizer = models.MODELS[model][1]()
-    labels = len(data.get(task).labels)
+def _load_data(
+    task, data_dir, model, weights, max_length, train_examples, eval_examples, seed
+) -> Data:
+    splits, spec = data.load(task, data_dir=data_dir, seed=DATA_SEED), data.get(task)
+    tokenizer, prompted = models.get(model).tokenizer(weights), models.get(model).prompted
 
     def encoded(split, count: int, seed: int) -> data.Encoded:
-        rows = subset(len(split), count, seed)
-        return data.encode((split[i] for i in rows), tokenizer, max_length, num_labels=labels)
+        examples = (split[i] for i in subset(len(split), count, seed))
+        if prompted:
+            examples = (PROMPTS[task].example(spec, example) for example in examples)
+        return data.encode(examples, tokenizer, max_length, num_labels=len(spec.labels))
 
     return Data(
         encoded(splits.train, train_examples, seed),
@@ -87,9 +98,9 @@ def lengths(run: RunConfig, tokens: np.ndarray) -> tuple[int, ...]:
 def build(run: RunConfig, loaded: Data, devices: Devices = ONE) -> tuple[train.Setup, nnx.State]:
     """The run's setup and initial trainable parameters, all from its configuration."""
     rngs = nnx.Rngs(run.seed)
-    load_model, _ = models.MODELS[run.model]
-    model = load_model(
-        len(data.get(run.task).labels),
+    model = models.get(run.model).load(
+        data.get(run.task),
+        run.weights,
         rngs=rngs,
         dropout=run.dropout,
         dtype=jnp.dtype(run.dtype),

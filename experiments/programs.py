@@ -36,18 +36,16 @@ def varied(run: RunConfig) -> Varied:
 
 
 def loss_fn(params, graph: nnx.GraphDef, frozen, batch, number, key) -> jax.Array:
-    """The weighted mean cross-entropy of one batch, with the dropout of step `number`."""
+    """The mean cross-entropy of one batch's rows or tokens, with the dropout of step `number`."""
     model = nnx.merge(graph, params, frozen)
     # Adapters own their streams of keys, each with a count that takes the place of the step.
     counts = nnx.state(model, nnx.RngCount)
     nnx.update(model, jax.tree.map(lambda count: jnp.full_like(count, number), counts))
     rngs = nnx.Rngs(dropout=jax.random.fold_in(jax.random.wrap_key_data(key), number))
-    logits_BC = model(batch["tokens"], batch["mask"], batch["segments"], rngs=rngs)
-    losses_B = optax.softmax_cross_entropy_with_integer_labels(
-        logits_BC.astype(jnp.float32), batch["labels"]
-    )
-    weights_B = batch["weights"]
-    return jnp.sum(losses_B * weights_B) / jnp.maximum(jnp.sum(weights_B), 1.0)
+    inputs = (batch[name] for name in ("tokens", "mask", "segments", "labels"))
+    losses_BL, weights_BL = model.losses(*inputs, rngs=rngs)
+    weights_BL = weights_BL * batch["weights"][:, None]
+    return jnp.sum(losses_BL * weights_BL) / jnp.maximum(jnp.sum(weights_BL), 1.0)
 
 
 class Compiled:

@@ -20,11 +20,13 @@ import numpy as np
 import optax
 import pytest
 import safetensors.numpy
+from flax import nnx
 
 from experiments import config, finetune, methods, prepare, programs, train
 from experiments.config import RATES, Command, RunConfig
 from experiments.data.batching import BUCKETS
 from experiments.methods import METHODS
+from experiments.models import t5_files, t5_tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
 # One bucket, so one compilation a run; 16 tokens are few, but these tests are not about accuracy.
@@ -369,3 +371,51 @@ def test_subsets_are_seeded_and_nested_in_the_split():
     assert prepare.subset(10, 0, 0) == list(range(10))
     assert prepare.subset(100, 20, 1) == prepare.subset(100, 20, 1) != prepare.subset(100, 20, 2)
     assert set(prepare.subset(100, 20, 1)) <= set(range(100))
+
+
+@pytest.fixture(scope="module")
+def text_to_text(tmp_path_factory):
+    """A T5's results by three methods; enough steps to learn its two answers."""
+    out = tmp_path_factory.mktemp("t5")
+    flags = {"methods": "full,lora,lorapro-factored", "learning_rates": "1e-2", "model": "t5-tiny"}
+    assert finetune.main(tiny(out, **flags, diagnose_every=4)) == 0
+    lines = (out / "results.jsonl").read_text().splitlines()
+    return out, {record["config"]["method"]: record for record in map(json.loads, lines)}
+
+
+def test_a_t5_is_fine_tuned_by_every_kind_of_method(text_to_text):
+    out, records = text_to_text
+    for method, record in records.items():
+        assert record["losses"][-1][1] < record["losses"][0][1] / 2  # of a vocabulary of hundreds
+        assert set(record["final"]) == {"accuracy", "f1", "matthews", "loss"}
+        name = f"pydoc-t5-tiny-{method}-lr0.01-seed0"
+        trained = safetensors.numpy.load_file(out / name / "final.safetensors")
+        last = {path.rsplit("/", 1)[-1] for path in trained}
+        assert (last == {"lora_a", "lora_b"}) == (method != "full")
+        assert len(record["diagnostics"]) == (0 if method == "full" else 2)
+    linears = 2 * 6 + 2 * 10  # of the encoder's and the decoder's layers
+    assert sum(path.endswith("lora_a") for path in trained) == linears
+
+
+def test_weights_of_a_t5_are_read_from_their_folder(tmp_path):
+    model, folder = t5_tiny.load(None, rngs=nnx.Rngs(3)), tmp_path / "weights"
+    t5_files.save(model, folder, t5_tiny.tokenizer())
+    flags = {"methods": "lora", "learning_rates": "1e-2", "train_examples": 16}
+    argv = [
+        *tiny(tmp_path / "out", **flags),
+        "--model",
+        "t5",
+        "--weights",
+        str(tmp_path / "weights"),
+    ]
+    assert finetune.main(argv) == 0
+    (record,) = map(json.loads, (tmp_path / "out" / "results.jsonl").read_text().splitlines())
+    frozen = sum(x.nbytes for x in jax.tree.leaves(nnx.state(model)))
+    assert record["frozen_bytes"] == frozen
+
+
+def test_weights_are_refused_where_they_mean_nothing(tmp_path, capsys):
+    assert finetune.main([*tiny(tmp_path), "--weights", "t5-small"]) == 2
+    assert "--weights t5-small is for --model t5; tiny has its own" in capsys.readouterr().err
+    assert finetune.main([*tiny(tmp_path), "--model", "t5", "--weights", str(tmp_path)]) == 2
+    assert "does not exist; in the folder there is" in capsys.readouterr().err

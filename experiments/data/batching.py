@@ -68,7 +68,7 @@ def encode(
         num_labels: labels must be below it; without it, they must not be negative.
 
     Raises:
-        ValueError: a label is out of range, there are no examples, or the tokenizer has no [PAD].
+        ValueError: a label is out of range, there are no examples, or the tokenizer cannot pad.
     """
     cutting = copy.deepcopy(tokenizer)
     cutting.no_padding()
@@ -106,13 +106,13 @@ def _check_labels(labels: list[int], ids: list[int], num_labels: int | None) -> 
 def _pad_id(tokenizer: tokenizers.Tokenizer) -> int:
     if tokenizer.padding is not None:
         return tokenizer.padding["pad_id"]
-    pad_id = tokenizer.token_to_id("[PAD]")
-    if pad_id is None:
-        raise ValueError(
-            "the tokenizer has no [PAD] token; "
-            "name another one with tokenizer.enable_padding(pad_id=...)"
-        )
-    return pad_id
+    for name in ("[PAD]", "<pad>"):
+        if (pad_id := tokenizer.token_to_id(name)) is not None:
+            return pad_id
+    raise ValueError(
+        "the tokenizer has no [PAD] or <pad> token; "
+        "name another one with tokenizer.enable_padding(pad_id=...)"
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -2,29 +2,34 @@
 
 import difflib
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import tokenizers
 from flax import nnx
 
-from experiments.models import minilm, tiny
+from experiments.data import Task
+from experiments.data.prompts import PROMPTS
+from experiments.models import minilm, t5, t5_files, t5_tiny, tiny
 from experiments.models.bert import BertClassifier, BertConfig, BertEncoder
+from experiments.models.t5_classifier import T5Classifier, answers_of
 
-__all__ = ["ADAPTED", "MODELS", "BertClassifier", "BertConfig", "BertEncoder", "build"]
-
-# Every linear of the encoder, none of the head: the modules that get an adapter by default.
-ADAPTED = r"encoder/layers/\d+/(attention/(query|key|value|out)|up|down)"
-
-# name -> (load(num_labels, *, rngs, dropout), tokenizer())
-MODELS: dict[str, tuple[Callable[..., BertClassifier], Callable[[], tokenizers.Tokenizer]]] = {
-    "minilm": (minilm.load, minilm.tokenizer),
-    "tiny": (tiny.load, tiny.tokenizer),
-}
+__all__ = ["MODELS", "BertClassifier", "BertConfig", "BertEncoder", "Model", "T5Classifier", "get"]
 
 
-def build(
-    name: str, num_labels: int, *, rngs: nnx.Rngs, dropout: float = 0.0
-) -> tuple[BertClassifier, tokenizers.Tokenizer]:
-    """The named model with a fresh head of `num_labels` classes, and its tokenizer.
+class Model(NamedTuple):
+    """How a model is made. `weights` is what the command's flag of that name says."""
+
+    load: Callable[..., nnx.Module]  # (task, weights, *, rngs, dropout, dtype) -> classifier
+    tokenizer: Callable[[str | None], tokenizers.Tokenizer]  # (weights) -> tokenizer
+    adapted: str  # the paths of the linears that get an adapter
+    head: bool  # whether it has a fresh head that trains beside the adapters
+    prompted: bool  # whether it reads prompts (text to text) or the texts as they are
+    weights: str | None = None  # where there is a choice: what is taken by default
+
+
+def get(name: str) -> Model:
+    """The named model.
 
     Raises:
         ValueError: there is no model of that name.
@@ -33,5 +38,40 @@ def build(
         near = difflib.get_close_matches(name, MODELS, cutoff=0.3)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"unknown model {name!r}; {hint}there are {', '.join(sorted(MODELS))}")
-    load, tokenizer = MODELS[name]
-    return load(num_labels, rngs=rngs, dropout=dropout), tokenizer()
+    return MODELS[name]
+
+
+def _encoder(module: Any) -> Model:
+    """A BERT from a module with `load` and `tokenizer`, under a fresh head."""
+
+    def load(task: Task, weights: str | None, **options) -> BertClassifier:
+        del weights
+        return module.load(len(task.labels), **options)
+
+    adapted = r"encoder/layers/\d+/(attention/(query|key|value|out)|up|down)"
+    return Model(load, lambda weights: module.tokenizer(), adapted, head=True, prompted=False)
+
+
+def _text_to_text(load: Callable[..., t5.T5], tokenizer, weights: str | None = None) -> Model:
+    """A T5 that answers with the words of the task's labels."""
+
+    def classifier(
+        task: Task, weights: str | None, *, rngs: nnx.Rngs, dropout=0.0, dtype=jnp.float32
+    ) -> T5Classifier:
+        answers = answers_of(PROMPTS[task.name].words, tokenizer(weights))
+        return T5Classifier(load(weights, rngs=rngs, dropout=dropout, dtype=dtype), answers)
+
+    return Model(classifier, tokenizer, t5.ADAPTED, head=False, prompted=True, weights=weights)
+
+
+def _pretrained_t5(weights: str, *, rngs: nnx.Rngs, **options) -> t5.T5:
+    del rngs  # nothing in it is fresh
+    return t5_files.load(weights, **options)
+
+
+MODELS: dict[str, Model] = {
+    "minilm": _encoder(minilm),
+    "tiny": _encoder(tiny),
+    "t5": _text_to_text(_pretrained_t5, t5_files.tokenizer, "google-t5/t5-base"),
+    "t5-tiny": _text_to_text(t5_tiny.load, t5_tiny.tokenizer),
+}

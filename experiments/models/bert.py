@@ -17,6 +17,7 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 
 # Added to the scores of padded positions: finite, so that a row that is all padding stays finite.
@@ -220,6 +221,14 @@ class BertClassifier(nnx.Module):
         """Logits (B, C) in float32. Dropout acts on the pooled features where `rngs` is given."""
         pooled_BD = mean_pool(self.encoder(tokens_BT, mask_BT, segments_BT), mask_BT)
         return self.head(self.dropout(pooled_BD, deterministic=rngs is None, rngs=rngs))
+
+    def losses(
+        self, tokens_BT, mask_BT, segments_BT, labels_B, *, rngs=None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Cross-entropy of every row, and how much it counts: 1; both (B, 1)."""
+        logits_BC = self(tokens_BT, mask_BT, segments_BT, rngs=rngs)
+        losses_B = optax.losses.softmax_cross_entropy_with_integer_labels(logits_BC, labels_B)
+        return losses_B[:, None], jnp.ones_like(losses_B)[:, None]
 
     def embeddings(self, tokens_BT, mask_BT, segments_BT=None) -> jax.Array:
         """Sentence embeddings (B, D): mean-pooled, then scaled to length one."""

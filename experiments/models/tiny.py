@@ -11,7 +11,7 @@ from experiments.models import bert
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 # Frequent words are one token each; other words are spelled out, so no ASCII text is unknown.
-_WORDS = """
+WORDS = """
     the of a to and is in that it for as with be are this by an or not if from on can which may
     have has no all any one two at but only other such same these than then will must when where
     was were object value name type class function method module string list file number code
@@ -26,7 +26,7 @@ def _vocabulary() -> dict[str, int]:
         *string.punctuation,
         *letters,
         *(f"##{c}" for c in letters),
-        *_WORDS.split(),
+        *WORDS.split(),
     ]
     return {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
 
