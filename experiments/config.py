@@ -6,6 +6,7 @@ The defaults are the set-up of the paper's GLUE table, except the epochs of the 
 the learning rates: the paper's is 1e-4 for all.
 """
 
+import argparse
 import dataclasses
 import difflib
 import math
@@ -132,6 +133,10 @@ class Command(Training):
     Example: python -m experiments.finetune --methods full,lora,lorapro-factored
     """
 
+    config: Literal["minilm", "t5_glue"] = "minilm"
+    """Which defaults the other flags have: those of the main job, or of the paper's GLUE table."""
+    smoke: bool = False
+    """A few seconds of the same on a random tiny model, and on pydoc unless there is --data-dir."""
     methods: Annotated[tuple[str, ...], _list_of(str, "NAME,NAME,...")] = (
         "full",
         "lora",
@@ -165,6 +170,47 @@ class Command(Training):
     """Which this is, from 0."""
     timeout: int = 100
     """Seconds without a sign of life after which a process counts as dead, and all end."""
+
+
+# The paper's table is T5-base on cola, mrpc, sst2, qnli and mnli (--task), all methods at one rate.
+CONFIGS = {
+    "minilm": Command(),
+    "t5_glue": Command(
+        config="t5_glue", model="t5", task="cola", learning_rates=(1e-4,), seeds=(0, 1, 2)
+    ),
+}
+
+
+def read(argv: list[str] | None, prog: str) -> Command:
+    """The command that the arguments ask for; a usage error ends the process."""
+    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chooser.add_argument("--config", choices=CONFIGS, default="minilm")
+    chosen, _ = chooser.parse_known_args(argv)
+    return tyro.cli(
+        Command,
+        args=argv,
+        prog=prog,
+        default=CONFIGS[chosen.config],
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+
+
+def shrunk(command: Command) -> Command:
+    """The command with --smoke carried out: the same methods on next to nothing."""
+    if not command.smoke:
+        return command
+    return dataclasses.replace(
+        command,
+        model="t5-tiny" if command.model.startswith("t5") else "tiny",
+        weights=None,
+        task=command.task if command.data_dir else "pydoc",
+        seeds=command.seeds[:1],
+        epochs=1,
+        batch_size=8,
+        max_length=32,
+        train_examples=64,
+        eval_examples=32,
+    )
 
 
 def runs(command: Command) -> list[RunConfig]:

@@ -20,7 +20,6 @@ from typing import Any
 import jax
 import numpy as np
 import rich.console
-import tyro
 from flax import nnx
 
 from experiments import (
@@ -46,12 +45,7 @@ CURVE_POINTS = 200  # of the loss curve in a result
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status, 1 if a run diverged."""
-    command = tyro.cli(
-        Command,
-        args=argv,
-        prog="python -m experiments.finetune",
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    command = config.shrunk(config.read(argv, "python -m experiments.finetune"))
     try:
         checked_runs(command)  # before the process waits for others
         hosts.connect(command)

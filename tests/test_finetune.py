@@ -419,3 +419,35 @@ def test_weights_are_refused_where_they_mean_nothing(tmp_path, capsys):
     assert "--weights t5-small is for --model t5; tiny has its own" in capsys.readouterr().err
     assert finetune.main([*tiny(tmp_path), "--model", "t5", "--weights", str(tmp_path)]) == 2
     assert "does not exist; in the folder there is" in capsys.readouterr().err
+
+
+def test_the_papers_set_up_is_the_t5_configs():
+    """PAPER.md, "Set-up of that table"."""
+    command = config.read(["--config", "t5_glue", "--task", "mrpc"], "finetune")
+    run = config.runs(command)[0]
+    assert (run.model, run.task, run.epochs, command.seeds) == ("t5", "mrpc", 1, (0, 1, 2))
+    assert (run.batch_size, run.max_length, run.warmup_ratio) == (32, 128, 0.03)
+    assert (run.rank, run.alpha, run.scale, run.dropout) == (8, 16, 2.0, 0.0)
+    assert (run.b1, run.b2, run.eps, run.weight_decay, run.clip_norm) == (0.9, 0.999, 1e-8, 0, 1)
+    assert {one.learning_rate for one in config.runs(command)} == {1e-4}
+    assert {one.method for one in config.runs(command)} == set(METHODS)
+    assert (run.dtype, run.train_examples, run.eval_examples) == ("float32", 0, 0)
+
+
+def test_a_flag_overrides_its_configs_default():
+    command = config.read(["--rank", "4", "--config", "t5_glue", "--seeds", "5"], "finetune")
+    assert (command.rank, command.seeds, command.batch_size) == (4, (5,), 32)
+    assert config.read([], "finetune") == Command()
+
+
+def test_smoke_goes_the_whole_way_without_a_file(tmp_path, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise AssertionError("something was to be downloaded")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", no_network)
+    flags = ["--config", "t5_glue", "--smoke", "--methods", "lorapro-factored"]
+    assert finetune.main([*flags, "--out", str(tmp_path)]) == 0
+    (record,) = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
+    assert (record["config"]["model"], record["config"]["task"]) == ("t5-tiny", "pydoc")
+    assert record["steps"] == 8
+    assert (tmp_path / "metric.png").exists()
