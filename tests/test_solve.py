@@ -201,9 +201,10 @@ def test_any_shape_solves_the_damped_normal_equations(m, r, n, damping, rank_b, 
     mu = S**2 * oracle.damping_of(a, b, damping)
     h = oracle.factor_gradients(a, b, G - step(a, b, da, db), S)
     scale = np.linalg.norm(G) * (np.linalg.norm(a) + np.linalg.norm(b)) + 1
-    # A Gram-based solve loses the squared condition number. Damping bounds it by r / damping: it is
-    # relative to the mean eigenvalue, and the largest one may be all of the trace.
-    precision = 4 * jnp.finfo(da.dtype).eps * r / damping
+    # A Gram-based solve loses the squared condition number: the largest eigenvalue over λ, which is
+    # relative to the mean one. Of a P of rank 1 the largest is r times the mean.
+    largest = max(np.linalg.norm(a, 2), np.linalg.norm(b, 2)) ** 2
+    precision = 4 * jnp.finfo(da.dtype).eps * largest / oracle.damping_of(a, b, damping)
     for residual, update in zip(h, (da, db), strict=True):
         assert np.all(np.isfinite(update))
         assert np.linalg.norm(residual - mu * update) <= precision * scale
