@@ -94,8 +94,8 @@ def optimizer(
     method, peak = get(run.method), peaks_of_run or peaks(run)
     tx = method.optimizer(run, schedule(peak.method, run.warmup_ratio, steps))
     if method.adapted:
-        head_tx = _adamw(run, schedule(peak.head, run.warmup_ratio, steps))
-        tx = lp.freeze_base(tx, extra={HEAD: head_tx} if models.get(run.model).head else None)
+        head = {HEAD: _adamw(run, schedule(peak.head, run.warmup_ratio, steps))}
+        tx = lp.freeze_base(tx, extra=None if models.get(run.model).text_to_text else head)
     return optax.chain(optax.clip_by_global_norm(run.clip_norm), tx) if run.clip_norm else tx
 
 

@@ -50,11 +50,12 @@ def _load_data(
     task, data_dir, model, weights, max_length, train_examples, eval_examples, seed
 ) -> Data:
     splits, spec = data.load(task, data_dir=data_dir, seed=DATA_SEED), data.get(task)
-    tokenizer, prompted = models.get(model).tokenizer(weights), models.get(model).prompted
+    found = models.get(model)
+    tokenizer = found.tokenizer(weights)
 
     def encoded(split, count: int, seed: int) -> data.Encoded:
         examples = (split[i] for i in subset(len(split), count, seed))
-        if prompted:
+        if found.text_to_text:
             examples = (PROMPTS[task].example(spec, example) for example in examples)
         return data.encode(examples, tokenizer, max_length, num_labels=len(spec.labels))
 

@@ -396,7 +396,7 @@ def test_weights_of_a_t5_are_read_from_their_folder(tmp_path):
         "--model",
         "t5",
         "--weights",
-        str(tmp_path / "weights"),
+        str(folder),
     ]
     assert finetune.main(argv) == 0
     (record,) = map(json.loads, (tmp_path / "out" / "results.jsonl").read_text().splitlines())

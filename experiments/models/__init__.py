@@ -1,6 +1,5 @@
 """The models an experiment can name: each a classifier and the tokenizer that goes with it."""
 
-import difflib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 import tokenizers
 from flax import nnx
 
+from experiments.config import one_of
 from experiments.data import Task
 from experiments.data.prompts import PROMPTS
 from experiments.models import minilm, t5, t5_files, t5_tiny, tiny
@@ -23,8 +23,7 @@ class Model(NamedTuple):
     load: Callable[..., nnx.Module]  # (task, weights, *, rngs, dropout, dtype) -> classifier
     tokenizer: Callable[[str | None], tokenizers.Tokenizer]  # (weights) -> tokenizer
     adapted: str  # the paths of the linears that get an adapter
-    head: bool  # whether it has a fresh head that trains beside the adapters
-    prompted: bool  # whether it reads prompts (text to text) or the texts as they are
+    text_to_text: bool  # it reads prompts and answers in words; otherwise a fresh head trains too
     weights: str | None = None  # where there is a choice: what is taken by default
 
 
@@ -34,11 +33,7 @@ def get(name: str) -> Model:
     Raises:
         ValueError: there is no model of that name.
     """
-    if name not in MODELS:
-        near = difflib.get_close_matches(name, MODELS, cutoff=0.3)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown model {name!r}; {hint}there are {', '.join(sorted(MODELS))}")
-    return MODELS[name]
+    return MODELS[one_of("model", name, MODELS)]
 
 
 def _encoder(module: Any) -> Model:
@@ -49,7 +44,7 @@ def _encoder(module: Any) -> Model:
         return module.load(len(task.labels), **options)
 
     adapted = r"encoder/layers/\d+/(attention/(query|key|value|out)|up|down)"
-    return Model(load, lambda weights: module.tokenizer(), adapted, head=True, prompted=False)
+    return Model(load, lambda weights: module.tokenizer(), adapted, text_to_text=False)
 
 
 def _text_to_text(load: Callable[..., t5.T5], tokenizer, weights: str | None = None) -> Model:
@@ -61,7 +56,7 @@ def _text_to_text(load: Callable[..., t5.T5], tokenizer, weights: str | None = N
         answers = answers_of(PROMPTS[task.name].words, tokenizer(weights))
         return T5Classifier(load(weights, rngs=rngs, dropout=dropout, dtype=dtype), answers)
 
-    return Model(classifier, tokenizer, t5.ADAPTED, head=False, prompted=True, weights=weights)
+    return Model(classifier, tokenizer, t5.ADAPTED, text_to_text=True, weights=weights)
 
 
 def _pretrained_t5(weights: str, *, rngs: nnx.Rngs, **options) -> t5.T5:
