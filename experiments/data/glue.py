@@ -1,8 +1,9 @@
 """GLUE through TFDS's random-access data sources: array_record files, read without TensorFlow."""
 
-import pathlib
+import os
 from collections.abc import Iterator, Sequence
 
+from experiments import storage
 from experiments.data.task import Example, Splits, Task
 
 _PAIR = ("sentence1", "sentence2")
@@ -45,7 +46,7 @@ class GlueSplit(Sequence):
         return self.task.example(texts, int(row["label"]), index)
 
 
-def load(task: Task, data_dir: str | pathlib.Path | None = None) -> Splits:
+def load(task: Task, data_dir: str | os.PathLike | None = None) -> Splits:
     """The train and validation splits (MNLI: matched).
 
     Raises:
@@ -53,20 +54,24 @@ def load(task: Task, data_dir: str | pathlib.Path | None = None) -> Splits:
         OSError: no `data_dir`, and the download failed.
         ValueError: the data's labels are not the task's.
     """
-    builder = _downloaded(task) if data_dir is None else _prepared(task, pathlib.Path(data_dir))
+    builder = _downloaded(task) if data_dir is None else _prepared(task, storage.at(data_dir))
     _check_labels(task, builder.info.features["label"].names)
     names = ("train", VALIDATION.get(task.name, "validation"))
     return Splits(*(GlueSplit(task, builder.as_data_source(split=name)) for name in names))
 
 
-def _prepared(task: Task, data_dir: pathlib.Path):
-    """The builder of a task that lies under data_dir/glue/<task>/<version>."""
+def _prepared(task: Task, data_dir: storage.Path):
+    """The builder of a task that lies under data_dir/glue/<task>/<version>.
+
+    From a bucket its few files come whole: read row by row, each row would be a request.
+    """
     data_dir = data_dir.expanduser()
     folder = data_dir / "glue" / task.name
-    versions = sorted(folder.glob("*/dataset_info.json"))
+    versions = storage.found(folder, "*/dataset_info.json")
     if not versions:
         there = sorted(
-            path.parent.parent.name for path in data_dir.glob("glue/*/*/dataset_info.json")
+            path.parent.parent.name
+            for path in storage.found(data_dir, "glue/*/*/dataset_info.json")
         )
         raise FileNotFoundError(
             f"no {task.name} in {data_dir}: expected {folder}/<version>/dataset_info.json; "
@@ -75,7 +80,7 @@ def _prepared(task: Task, data_dir: pathlib.Path):
         )
     import tensorflow_datasets as tfds  # seconds to import: only where GLUE is asked for
 
-    return tfds.builder_from_directory(versions[-1].parent)
+    return tfds.builder_from_directory(storage.local(versions[-1].parent))
 
 
 def _downloaded(task: Task):
