@@ -248,7 +248,10 @@ def _host(line: bytes) -> str:
 
 def _fs(path: epath.Path):
     """The file system through which `path` is reached, the one whose listings it sees."""
-    return backend.fsspec_backend.fs(path)
+    try:
+        return backend.fsspec_backend.fs(path)
+    except ImportError as error:  # of the scheme's package; fsspec names it
+        raise ValueError(f"{path} cannot be reached: {error}") from error
 
 
 @contextlib.contextmanager
@@ -256,7 +259,7 @@ def _as_os_error(path: Path) -> Iterator[None]:
     """A bucket's errors, of many types, as what a disk's are."""
     try:
         yield
-    except (OSError, ImportError):
+    except (OSError, ValueError):
         raise
     except Exception as error:
         raise OSError(errno.EIO, f"{type(error).__name__}: {error}", str(path)) from error
