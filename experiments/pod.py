@@ -58,17 +58,20 @@ class Settings:
     topology: str = "v5e:16x16"
     """Generation and shape of the slice: v5e:4x4, v5e:16x16, v6e:8x8, v5p:4x4x4, v4:2x2x4."""
     model: str = "llama3-8b"
-    """llama3-8b (synthetic, of its shapes), minilm, or tiny (a decoder for tests)."""
+    """llama3-8b, t5-base or t5-3b (synthetic, of their shapes), minilm, or tiny (for tests)."""
     mode: str = "factored,full,efficient,lora"
     """Any of factored, full, efficient, lora (AdamW on the factors), with commas between."""
     mesh: str | None = None
     """FSDPxTENSOR, such as 64x4; None: all chips along fsdp."""
     batch: int | None = None
-    """Rows of a step over the whole slice; None: 1 a chip along fsdp (llama3-8b), 32 (minilm)."""
+    """Rows of a step over the whole slice; None: for each chip along fsdp 1 (llama3-8b), 8 (t5-3b)
+    or 32 (t5-base, minilm)."""
     length: int | None = None
-    """Tokens of a row; None: 2048 (llama3-8b), 128 (minilm)."""
-    rank: int = 16
-    """Rank of the adapters, on every linear layer."""
+    """Tokens of a row; None: 2048 (llama3-8b), 512 (t5-3b), 128 (t5-base, minilm)."""
+    rank: int | None = None
+    """Rank of the adapters, on every linear layer; None: 8, the paper's, for a T5, else 16."""
+    whole: bool = False
+    """Every chip holds all parameters, and fsdp shares the batch only; minilm is always so."""
     update_only: bool = False
     """Compile the updates alone: seconds instead of minutes."""
     results: pathlib.Path = pathlib.Path("experiments/results/pod.jsonl")
@@ -97,15 +100,18 @@ def compare(settings: Settings, console: rich.console.Console) -> list[dict[str,
     modes = settings.mode.split(",")
     for mode in modes:
         one_of("mode", mode, [name for name in pod_step.MODES if name != BASELINE])
-    build, rows_each, length = pod_step.MODELS[one_of("model", settings.model, pod_step.MODELS)]
+    model = pod_step.MODELS[one_of("model", settings.model, pod_step.MODELS)]
     chips = chips_of(settings.topology)
     fsdp, tensor = mesh_of(settings.mesh, chips)
-    batch = rows_each * fsdp if settings.batch is None else settings.batch
-    length = length if settings.length is None else settings.length
-    check(batch, length, settings.rank, fsdp)
+    batch = model.rows * fsdp if settings.batch is None else settings.batch
+    length = model.length if settings.length is None else settings.length
+    rank = model.rank if settings.rank is None else settings.rank
+    check(batch, length, rank, fsdp)
     mesh = Mesh(np.array(devices(settings.topology)).reshape(fsdp, tensor), ("fsdp", "tensor"))
-    work = build(batch, length, settings.rank)
+    work = model.build(batch, length, rank)
+    work = work._replace(sharded=work.sharded and not settings.whole)
     shape = {"chips": chips, "fsdp": fsdp, "tensor": tensor, "batch": batch, "length": length}
+    shape |= {"rank": rank, "sharded": work.sharded}
     found: list[dict[str, Any]] = []
     for mode in (BASELINE, *modes):
         with console.status(f"compiling {mode} for {settings.topology}"):

@@ -19,7 +19,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import lorapro_jax as lp
-from experiments.models import bert, llama
+from experiments import pod_t5
+from experiments.models import bert, llama, t5
+from experiments.models.t5_config import T5Config
 from lorapro_jax import nnx as lora
 
 # LoRA-Pro in its three modes, AdamW on the factors, and the least update that uses every gradient.
@@ -32,9 +34,10 @@ MINILM = bert.BertConfig(
     num_attention_heads=12,
     intermediate_size=1536,
 )
+ANSWER = 8  # tokens of T5's targets, padding included: a label's words have two to six
 _STACKED = lp.LoRADimensionNumbers(a_batch=(0,), b_batch=(0,))
 # Kernels whose inputs are split over `tensor`: they follow one whose outputs are.
-_ROW_PARALLEL = re.compile(r"(.*/)?(o|out|down)/(kernel|lora_[ab])")
+_ROW_PARALLEL = re.compile(r"(.*/)?(o|out|down|wo)/(kernel|lora_[ab])")
 
 Tree = Any
 
@@ -118,16 +121,68 @@ def encoder(config: bert.BertConfig, batch: int, length: int, rank: int) -> Work
     )
 
 
+def text_to_text(
+    config: T5Config, dtype: Any, remat: bool, batch: int, length: int, rank: int
+) -> Workload:
+    """Training of a T5 on answers of a few words, weights in `dtype`, bf16 activations."""
+    alpha = 2.0 * rank
+    how = pod_t5.Scan(rank, alpha, remat, PartitionSpec("fsdp", None, None))
+
+    def make():
+        return pod_t5.scanned(config, how, dtype=jnp.bfloat16, param_dtype=dtype, rngs=nnx.Rngs(0))
+
+    graph, trainable, frozen = nnx.split(nnx.eval_shape(make), nnx.LoRAParam, ...)
+    data = {
+        "tokens": jax.ShapeDtypeStruct((batch, length), jnp.int32),
+        "mask": jax.ShapeDtypeStruct((batch, length), jnp.bool_),
+        "targets": jax.ShapeDtypeStruct((batch, ANSWER), jnp.int32),
+        "targets_mask": jax.ShapeDtypeStruct((batch, ANSWER), jnp.bool_),
+    }
+    return Workload(
+        graph,
+        nnx.as_pure(trainable),
+        nnx.as_pure(frozen),
+        data,
+        _answer_loss,
+        lp.layouts.FLAX.declare({r"(en|de)coder/layers/.*": _STACKED}),
+        alpha / rank,
+        head=False,
+        sharded=True,
+    )
+
+
+def _answer_loss(model: t5.T5, batch: Tree) -> jax.Array:
+    inputs_BT = model.shifted(batch["targets"])
+    logits_BTV = model(batch["tokens"], batch["mask"], inputs_BT)
+    return t5.token_loss(logits_BTV, batch["targets"], batch["targets_mask"])
+
+
 def _classification_loss(model: nnx.Module, batch: Tree) -> jax.Array:
     logits_BC = model(batch["tokens"], batch["mask"])
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits_BC, batch["labels"]))
 
 
-# name -> (workload(batch, length, rank), rows for each shard of the batch, tokens in a row)
-MODELS: dict[str, tuple[Callable[[int, int, int], Workload], int, int]] = {
-    "minilm": (lambda *sizes: encoder(MINILM, *sizes), 32, 128),
-    "llama3-8b": (lambda *sizes: decoder(llama.LlamaConfig(), *sizes), 1, 2048),
-    "tiny": (lambda *sizes: decoder(llama.TINY, *sizes), 1, 16),
+class Model(NamedTuple):
+    """A workload, and the sizes it has unless others are asked for."""
+
+    build: Callable[[int, int, int], Workload]  # (batch, length, rank)
+    rows: int  # of the batch, for each of its shards
+    length: int  # tokens in a row
+    rank: int = 16
+
+
+# T5-base as `--config t5_glue` trains it, its weights float32. T5-3B as many tokens a chip in rows of
+# its pre-training's length, its weights bf16, as those of models of its size usually are.
+MODELS = {
+    "minilm": Model(lambda *sizes: encoder(MINILM, *sizes), 32, 128),
+    "llama3-8b": Model(lambda *sizes: decoder(llama.LlamaConfig(), *sizes), 1, 2048),
+    "t5-base": Model(
+        lambda *sizes: text_to_text(pod_t5.BASE, jnp.float32, False, *sizes), 32, 128, rank=8
+    ),
+    "t5-3b": Model(
+        lambda *sizes: text_to_text(pod_t5.THREE_B, jnp.bfloat16, True, *sizes), 8, 512, rank=8
+    ),
+    "tiny": Model(lambda *sizes: decoder(llama.TINY, *sizes), 1, 16),
 }
 
 

@@ -1,0 +1,88 @@
+"""T5 for a slice: the layers of `experiments.models.t5`, stacked along one axis and scanned.
+
+The sums are T5's own; what differs is how they lie. The parameters of a stack's layers are arrays
+with a leading axis L, and so are the adapters: a (L, D, r), b (L, r, F). So one layer is compiled
+instead of L, and is recomputed in the backward pass where `remat` says so. The activations are told
+to stay with their rows of the batch, lest the compiler send them to the kernels' shards instead.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from experiments.models import t5
+from experiments.models.t5_config import T5Config
+from lorapro_jax import nnx as lora
+
+BASE = T5Config()
+THREE_B = T5Config(
+    d_model=1024, d_kv=128, d_ff=16_384, num_layers=24, num_decoder_layers=24, num_heads=32
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scan:
+    """How the layers of a T5 are stacked."""
+
+    rank: int  # of the adapters on every linear layer; 0 for none
+    alpha: float
+    remat: bool = False  # keep one (B, T, D) a layer and recompute the rest
+    spec: PartitionSpec | None = None  # of the activations (B, T, D), on the mesh that is set
+
+
+class ScannedStack(t5.T5Stack):
+    """A `T5Stack` whose `layers` are one `T5Layer`, every parameter of which has an axis L."""
+
+    def __init__(self, made: t5._Made, layers: int, how: Scan, *, decoder: bool):
+        super().__init__(made, 0, decoder=decoder)
+        self.how = how
+
+        def layer(rngs: nnx.Rngs) -> t5.T5Layer:
+            one = t5.T5Layer(made._replace(rngs=rngs), cross=decoder)
+            if how.rank:
+                wide = jnp.promote_types(made.param_dtype, jnp.float32)
+                lora.add_lora(one, how.rank, how.alpha, targets=t5.ADAPTED, dtype=wide, rngs=rngs)
+            return one
+
+        self.layers = nnx.split_rngs(splits=layers)(nnx.vmap(layer))(made.rngs)
+
+    def memory(self, encoded_BSD: jax.Array) -> jax.Array:
+        """The encoder's output itself: a layer makes its keys and values when it is its turn."""
+        return encoded_BSD
+
+    def __call__(self, x_BTD, mask_BS, memory=None, *, rngs=None) -> tuple[jax.Array, None]:
+        """(hidden states, nothing) of embeddings, without dropout."""
+        assert rngs is None, "dropout is left out"
+        positions_T = jnp.arange(x_BTD.shape[1])
+        bias_BNTS = self.bias(positions_T, positions_T)
+        padding_B11S = jnp.where(mask_BS, 0.0, t5._MASKED).astype(jnp.float32)[:, None, None, :]
+        if not self.decoder:
+            bias_BNTS = bias_BNTS + padding_B11S
+        graph, layers = nnx.split(self.layers)
+
+        def step(x_BTD, state):
+            layer = nnx.merge(graph, state)
+            read = layer.cross_attention.keys_values(memory) if self.decoder else None
+            return self._placed(layer(x_BTD, bias_BNTS, read, padding_B11S)[0]), None
+
+        step = jax.checkpoint(step) if self.how.remat else step
+        x_BTD, _ = jax.lax.scan(step, self._placed(x_BTD), layers)
+        return self._placed(self.norm(x_BTD)), None
+
+    def _placed(self, x_BTD: jax.Array) -> jax.Array:
+        spec = self.how.spec
+        return x_BTD if spec is None else jax.lax.with_sharding_constraint(x_BTD, spec)
+
+
+def scanned(config: T5Config, how: Scan, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs) -> t5.T5:
+    """A T5 of `config` on scanned stacks."""
+    shell = dataclasses.replace(config, num_layers=0, num_decoder_layers=0)
+    model = t5.T5(shell, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    made = t5._Made(config, dtype, param_dtype, rngs)
+    model.encoder = ScannedStack(made, config.num_layers, how, decoder=False)
+    model.decoder = ScannedStack(made, config.num_decoder_layers, how, decoder=True)
+    return model
