@@ -17,7 +17,6 @@ FLOPs and bytes come from the compiled program with every loop counted as often 
 
 import contextlib
 import dataclasses
-import os
 import pathlib
 import re
 import sys
@@ -27,26 +26,15 @@ from typing import Any
 from unittest import mock
 
 import jax
-import numpy as np
 import rich.console
 import rich.table
 import tyro
-from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from experiments import hlo_cost, pod_step
+from experiments import hlo_cost, pod_slice, pod_step, pod_work
 from experiments.bench import timing
 from experiments.config import one_of
 
-LIBTPU = "pip install libtpu==0.0.42.1"
-GIB = 2**30
-# generation -> (name in TPU_ACCELERATOR_TYPE, cores a chip that it counts, GiB of memory a chip)
-GENERATIONS = {
-    "v4": ("v4", 2, 32),
-    "v5e": ("v5litepod", 1, 16),
-    "v5p": ("v5p", 2, 95),
-    "v6e": ("v6e", 1, 32),
-}
 BASELINE = "sgd"
 SHARES = ("flops", "memory_traffic_bytes", "sent_bytes", "temporary_bytes")
 
@@ -100,104 +88,33 @@ def compare(settings: Settings, console: rich.console.Console) -> list[dict[str,
     modes = settings.mode.split(",")
     for mode in modes:
         one_of("mode", mode, [name for name in pod_step.MODES if name != BASELINE])
-    model = pod_step.MODELS[one_of("model", settings.model, pod_step.MODELS)]
-    chips = chips_of(settings.topology)
-    fsdp, tensor = mesh_of(settings.mesh, chips)
-    batch = model.rows * fsdp if settings.batch is None else settings.batch
-    length = model.length if settings.length is None else settings.length
-    rank = model.rank if settings.rank is None else settings.rank
-    check(batch, length, rank, fsdp)
-    mesh = Mesh(np.array(devices(settings.topology)).reshape(fsdp, tensor), ("fsdp", "tensor"))
-    work = model.build(batch, length, rank)
-    work = work._replace(sharded=work.sharded and not settings.whole)
-    shape = {"chips": chips, "fsdp": fsdp, "tensor": tensor, "batch": batch, "length": length}
-    shape |= {"rank": rank, "sharded": work.sharded}
+    work, mesh, about = planned(settings)
     found: list[dict[str, Any]] = []
     for mode in (BASELINE, *modes):
         with console.status(f"compiling {mode} for {settings.topology}"):
-            row = {"variant": mode} | shape | {"update": update_alone(work, mode, mesh)}
+            row = {"variant": mode} | about | {"update": update_alone(work, mode, mesh)}
             if not settings.update_only:
-                row |= measure(work, mode, mesh, memory(settings.topology))
+                row |= measure(work, mode, mesh, pod_slice.memory(settings.topology))
                 row |= {"over_sgd": difference(row, found[0] if found else row)}
         found.append(row)
         timing.append(found[-1:], "pod", settings, settings.results)
     return found
 
 
-# The request
-
-
-def chips_of(topology: str) -> int:
-    """How many chips a topology has; a ValueError for a name that is none."""
-    generation, _, shape = topology.partition(":")
-    one_of("TPU generation", generation, GENERATIONS)
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
-        raise ValueError(
-            f"--topology {topology!r} has no shape such as 4x4; write GENERATION:SHAPE, "
-            "as in v5e:4x4, v5e:16x16 or v5p:4x4x4"
-        )
-    return int(np.prod([int(n) for n in shape.split("x")]))
-
-
-def mesh_of(mesh: str | None, chips: int) -> tuple[int, int]:
-    """(fsdp, tensor) sizes."""
-    if mesh is None:
-        return chips, 1
-    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", mesh):
-        raise ValueError(f"--mesh {mesh!r} is not FSDPxTENSOR, such as {chips}x1")
-    fsdp, tensor = map(int, mesh.split("x"))
-    if fsdp * tensor != chips:
-        raise ValueError(
-            f"--mesh {mesh} is {fsdp * tensor} chips, the topology has {chips}; "
-            f"their product must be {chips}, such as {chips}x1"
-        )
-    return fsdp, tensor
-
-
-def check(batch: int, length: int, rank: int, fsdp: int) -> None:
-    """Raises ValueError for sizes that no step can have."""
-    for flag, value, least in (("--batch", batch, 1), ("--length", length, 2), ("--rank", rank, 1)):
-        if value < least:
-            raise ValueError(f"{flag} must be at least {least}, not {value}")
-    if batch % fsdp:
-        raise ValueError(
-            f"--batch {batch} rows cannot be shared by {fsdp} chips along fsdp; "
-            f"take a multiple of {fsdp}, or a smaller fsdp in --mesh"
-        )
-
-
-def memory(topology: str) -> int:
-    """Bytes of main memory of a chip."""
-    return GENERATIONS[topology.partition(":")[0]][2] * GIB
-
-
-def devices(topology: str) -> list[Any]:
-    """The devices of a slice that need not exist.
-
-    Raises:
-      OSError: libtpu is missing.
-      ValueError: libtpu does not know the topology.
-    """
-    generation = topology.partition(":")[0]
-    name, cores, _ = GENERATIONS[generation]
-    # libtpu reads these when it is loaded: which slice this host belongs to (one that it would
-    # else ask the cloud's metadata server for), and where the other hosts are.
-    os.environ.update(
-        TPU_SKIP_MDS_QUERY="1",
-        TPU_ACCELERATOR_TYPE=f"{name}-{cores * chips_of(topology)}",
-        TPU_WORKER_HOSTNAMES="localhost",
-        ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # no chip is taken: another process may compile too
-    )
-    jax.config.update("jax_platforms", "cpu")  # tracing must not take a TPU that is there
-    try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    except Exception as error:  # what libtpu raises has no type of its own
-        if "TPU support not installed" in str(error):
-            raise OSError(
-                f"libtpu, which holds the TPU compiler, is not installed; `{LIBTPU}`"
-            ) from error
-        first = str(error).splitlines()[0]
-        raise ValueError(f"libtpu has no topology {topology!r}: {first}") from error
+def planned(settings: Settings) -> tuple[pod_work.Workload, Mesh, dict[str, Any]]:
+    """The model, the slice, and the sizes that were chosen or left to the model."""
+    model = pod_work.MODELS[one_of("model", settings.model, pod_work.MODELS)]
+    chips = pod_slice.chips_of(settings.topology)
+    fsdp, tensor = pod_slice.mesh_of(settings.mesh, chips)
+    batch = model.rows * fsdp if settings.batch is None else settings.batch
+    length = model.length if settings.length is None else settings.length
+    rank = model.rank if settings.rank is None else settings.rank
+    pod_slice.check(batch, length, rank, fsdp)
+    mesh = pod_slice.mesh(settings.topology, fsdp, tensor)
+    work = model.build(batch, length, rank)
+    work = work._replace(sharded=work.sharded and not settings.whole)
+    about = {"chips": chips, "fsdp": fsdp, "tensor": tensor, "batch": batch, "length": length}
+    return work, mesh, about | {"rank": rank, "sharded": work.sharded}
 
 
 # Measuring
@@ -210,7 +127,7 @@ def tracing_for_tpu(mesh: Mesh) -> Iterator[None]:
         yield
 
 
-def measure(work: pod_step.Workload, mode: str, mesh: Mesh, memory_bytes: int) -> dict[str, Any]:
+def measure(work: pod_work.Workload, mode: str, mesh: Mesh, memory_bytes: int) -> dict[str, Any]:
     """What one chip holds and does in a step of `mode`."""
     start = time.perf_counter()
     with tracing_for_tpu(mesh):
@@ -233,7 +150,7 @@ def measure(work: pod_step.Workload, mode: str, mesh: Mesh, memory_bytes: int) -
     return held | figures(compiled, memory_bytes) | {"compile_s": time.perf_counter() - middle}
 
 
-def update_alone(work: pod_step.Workload, mode: str, mesh: Mesh) -> dict[str, Any]:
+def update_alone(work: pod_work.Workload, mode: str, mesh: Mesh) -> dict[str, Any]:
     """What one chip does in the update of `mode`."""
     start = time.perf_counter()
     with tracing_for_tpu(mesh):

@@ -7,6 +7,7 @@ to stay with their rows of the batch, lest the compiler send them to the kernels
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -37,18 +38,10 @@ class Scan:
 class ScannedStack(t5.T5Stack):
     """A `T5Stack` whose `layers` are one `T5Layer`, every parameter of which has an axis L."""
 
-    def __init__(self, made: t5._Made, layers: int, how: Scan, *, decoder: bool):
-        super().__init__(made, 0, decoder=decoder)
-        self.how = how
-
-        def layer(rngs: nnx.Rngs) -> t5.T5Layer:
-            one = t5.T5Layer(made._replace(rngs=rngs), cross=decoder)
-            if how.rank:
-                wide = jnp.promote_types(made.param_dtype, jnp.float32)
-                lora.add_lora(one, how.rank, how.alpha, targets=t5.ADAPTED, dtype=wide, rngs=rngs)
-            return one
-
-        self.layers = nnx.split_rngs(splits=layers)(nnx.vmap(layer))(made.rngs)
+    def __init__(self, empty: t5.T5Stack, layers: t5.T5Layer, how: Scan):
+        self.config, self.decoder = empty.config, empty.decoder
+        self.position, self.norm = empty.position, empty.norm
+        self.layers, self.how = layers, how
 
     def memory(self, encoded_BSD: jax.Array) -> jax.Array:
         """The encoder's output itself: a layer makes its keys and values when it is its turn."""
@@ -78,11 +71,22 @@ class ScannedStack(t5.T5Stack):
         return x_BTD if spec is None else jax.lax.with_sharding_constraint(x_BTD, spec)
 
 
-def scanned(config: T5Config, how: Scan, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs) -> t5.T5:
-    """A T5 of `config` on scanned stacks."""
-    shell = dataclasses.replace(config, num_layers=0, num_decoder_layers=0)
-    model = t5.T5(shell, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-    made = t5._Made(config, dtype, param_dtype, rngs)
-    model.encoder = ScannedStack(made, config.num_layers, how, decoder=False)
-    model.decoder = ScannedStack(made, config.num_decoder_layers, how, decoder=True)
+def scanned(config: T5Config, how: Scan, *, rngs: nnx.Rngs, **dtypes: Any) -> t5.T5:
+    """A T5 of `config` on scanned stacks; `dtypes` are those of `t5.T5`."""
+
+    def made(layers: int, rngs: nnx.Rngs) -> t5.T5:
+        sizes = dataclasses.replace(config, num_layers=layers, num_decoder_layers=layers)
+        return t5.T5(sizes, rngs=rngs, **dtypes)
+
+    def layer(side: str, rngs: nnx.Rngs) -> t5.T5Layer:
+        one = getattr(made(1, rngs), side).layers[0]
+        if how.rank:
+            wide = jnp.promote_types(one.mlp.wo.param_dtype, jnp.float32)
+            lora.add_lora(one, how.rank, how.alpha, targets=t5.ADAPTED, dtype=wide, rngs=rngs)
+        return one
+
+    model = made(0, rngs)
+    for side, count in (("encoder", config.num_layers), ("decoder", config.num_decoder_layers)):
+        stacked = nnx.split_rngs(splits=count)(nnx.vmap(functools.partial(layer, side)))(rngs)
+        setattr(model, side, ScannedStack(getattr(model, side), stacked, how))
     return model

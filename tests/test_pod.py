@@ -14,13 +14,14 @@ import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from experiments import hlo_cost, pod, pod_step
-from experiments.models import llama
+from experiments import hlo_cost, pod, pod_slice, pod_step, pod_t5, pod_work
+from experiments.models import llama, t5, t5_tiny
+from lorapro_jax.nnx import add_lora
 
 ROOT = pathlib.Path(__file__).parent.parent
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
-    reason=f"the TPU compiler is not installed: {pod.LIBTPU}",
+    reason=f"the TPU compiler is not installed: {pod_slice.LIBTPU}",
 )
 
 
@@ -71,16 +72,20 @@ def numpy_logits(c, p, tokens):
     return numpy_norm(x, p["norm"]["scale"]) @ p["head"]["kernel"]
 
 
-def decoder(dtype, spread=0.3):
-    """A small decoder whose adapters, norms and kernels are all random."""
+def random_like(make, spread=0.3):
+    """The model that `make` makes, with its adapters, norms and kernels all random."""
+    graph, shapes = nnx.split(nnx.eval_shape(make))
+    return nnx.merge(graph, filled(shapes, spread))
+
+
+def filled(shapes, spread=0.3):
     rng = np.random.default_rng(0)
-    model = nnx.eval_shape(
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * spread, x.dtype), shapes)
+
+
+def decoder(dtype):
+    return random_like(
         lambda: llama.Llama(llama.TINY, rank=4, alpha=8.0, dtype=dtype, rngs=nnx.Rngs(0))
-    )
-    graph, shapes = nnx.split(model)
-    return nnx.merge(
-        graph,
-        jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * spread, x.dtype), shapes),
     )
 
 
@@ -132,18 +137,118 @@ def test_sizes_that_do_not_fit_together_are_refused(wrong):
         llama.LlamaConfig(**wrong)
 
 
+# T5 on scanned layers, against T5
+
+
+def t5_with_adapters():
+    model = t5.T5(t5_tiny.CONFIG, dtype=DTYPE, param_dtype=DTYPE, rngs=nnx.Rngs(0))
+    add_lora(model, 4, 8.0, targets=t5.ADAPTED, dtype=DTYPE, rngs=nnx.Rngs(1))
+    return model
+
+
+def stacked(params):
+    """The layers of both stacks as arrays with a leading axis."""
+    layers = {side: params[side]["layers"].values() for side in ("encoder", "decoder")}
+    joined = {side: jax.tree.map(lambda *x: jnp.stack(x), *own) for side, own in layers.items()}
+    return params | {side: params[side] | {"layers": x} for side, x in joined.items()}
+
+
+DTYPE = jnp.float64
+ADAPTERS = nnx.DiffState(0, nnx.LoRAParam)
+
+
+@nnx.jit
+def loss_and_gradients(model, batch):
+    return nnx.value_and_grad(pod_work._answer_loss, argnums=ADAPTERS)(model, batch)
+
+
+def answers(rows=3, length=9, targets=4):
+    rng, most = np.random.default_rng(3), t5_tiny.CONFIG.vocab_size
+    return {
+        "tokens": rng.integers(1, most, (rows, length), np.int32),
+        "mask": np.arange(length) < rng.integers(3, length + 1, (rows, 1)),
+        "targets": rng.integers(1, most, (rows, targets), np.int32),
+        "targets_mask": np.arange(targets) < rng.integers(1, targets + 1, (rows, 1)),
+    }
+
+
+def test_scanned_layers_have_t5s_loss_and_gradients(x64):
+    plain = random_like(t5_with_adapters)
+    how = pod_t5.Scan(4, 8.0, remat=True)
+    scanned = nnx.eval_shape(
+        lambda: pod_t5.scanned(
+            t5_tiny.CONFIG, how, dtype=DTYPE, param_dtype=DTYPE, rngs=nnx.Rngs(0)
+        )
+    )
+    graph, shapes = nnx.split(scanned)
+    params = stacked(nnx.to_pure_dict(nnx.state(plain)))
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, nnx.to_pure_dict(shapes))
+    nnx.replace_by_pure_dict(shapes, params)
+    expected, gradients = loss_and_gradients(plain, answers())
+    found, ours = loss_and_gradients(nnx.merge(graph, shapes), answers())
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    theirs = stacked(nnx.to_pure_dict(gradients))
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-12),
+        nnx.to_pure_dict(ours), theirs,
+    )  # fmt: skip
+
+
+def linear_sizes(c):
+    """(m, n, how many) of a T5's linear layers: three kinds of attention, two MLPs."""
+    inner, layers, mlps = c.num_heads * c.d_kv, c.num_layers, c.num_layers + c.num_decoder_layers
+    attentions = layers + 2 * c.num_decoder_layers
+    return [
+        (c.d_model, inner, 3 * attentions),
+        (inner, c.d_model, attentions),
+        (c.d_model, c.d_ff, mlps),
+        (c.d_ff, c.d_model, mlps),
+    ]
+
+
+def size_of(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def test_t5_base_has_the_studys_192_pairs():
+    work = pod_work.MODELS["t5-base"].build(32, 128, 8)
+    named = jax.tree_util.tree_flatten_with_path(work.trainable)[0]
+    a_of = [leaf.shape for path, leaf in named if pod_step.path_of(path).endswith("lora_a")]
+    assert sum(layers for layers, *_ in a_of) == 192
+    assert sum(count for *_, count in linear_sizes(pod_t5.BASE)) == 192
+    assert size_of(work.trainable) == 3_244_032
+    assert 8 * sum((m + n) * count for m, n, count in linear_sizes(pod_t5.BASE)) == 3_244_032
+
+
+@pytest.mark.parametrize(
+    ("name", "published"), [("t5-base", 222_903_552), ("t5-3b", 2_851_598_336)]
+)
+def test_t5s_have_the_published_number_of_parameters(name, published):
+    assert size_of(pod_work.MODELS[name].build(8, 128, 8).frozen) == published
+
+
 # The step
 
 
 @pytest.mark.parametrize("mode", pod_step.MODES)
 def test_the_step_that_is_compiled_trains(mode):
-    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tensor"))
-    work = pod_step.decoder(llama.TINY, 4, 16, 4)
-    model = decoder(jnp.bfloat16)
-    _, trainable, frozen = nnx.split(model, nnx.LoRAParam, ...)
-    trainable, frozen = nnx.as_pure(trainable), nnx.as_pure(frozen)
-    tx = pod_step.optimizer(mode, work, rate=1.0 if mode == "sgd" else 1e-2)
+    work = pod_work.decoder(llama.TINY, 4, 16, 4)
     batch = jnp.asarray(np.random.default_rng(0).integers(0, 64, (4, 16)), jnp.int32)
+    losses = trained(work, mode, batch, 1.0 if mode == "sgd" else 1e-2)
+    assert losses[-1] < losses[0] - 0.05
+
+
+def test_so_does_t5s():
+    work = pod_work.text_to_text(t5_tiny.CONFIG, jnp.float32, False, 4, 9, 4)
+    losses = trained(work, "lora", answers(4, 9, pod_work.ANSWER), 1e-2)
+    assert losses[-1] < losses[0] - 0.05
+
+
+def trained(work, mode, batch, rate):
+    """The losses of eight steps from random parameters."""
+    trainable, frozen = filled((work.trainable, work.frozen))
+    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tensor"))
+    tx = pod_step.optimizer(mode, work, rate)
     with jax.set_mesh(mesh):
         step = pod_step.make(work, mode, mesh, tx)
         state, losses = tx.init(trainable), []
@@ -151,7 +256,7 @@ def test_the_step_that_is_compiled_trains(mode):
             trainable, state, loss = step.jitted(trainable, state, frozen, batch)
             losses.append(float(loss))
     assert np.all(np.isfinite(losses))
-    assert losses[-1] < losses[0] - 0.05
+    return losses
 
 
 def abstract(fsdp, tensor):
@@ -160,7 +265,7 @@ def abstract(fsdp, tensor):
 
 @pytest.mark.parametrize("sizes", [(256, 1), (32, 8)])
 def test_every_chip_holds_its_share_of_llama3_8b(sizes):
-    work = pod_step.decoder(llama.LlamaConfig(), 256, 2048, 16)
+    work = pod_work.decoder(llama.LlamaConfig(), 256, 2048, 16)
     linear = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
     norms = 65 * 4096
     steps = {mode: pod_step.make(work, mode, abstract(*sizes)) for mode in ("efficient", "full")}
@@ -172,6 +277,31 @@ def test_every_chip_holds_its_share_of_llama3_8b(sizes):
     assert 0 <= state - 2 * trainable <= 64  # counts of steps
     full = pod_step.bytes_per_chip(steps["full"].args[1])
     assert 0 <= full - 2 * 4 * linear // 256 <= 64
+
+
+@pytest.mark.parametrize("sizes", [(256, 1), (32, 8)])
+def test_every_chip_holds_its_share_of_t5_3b(sizes):
+    work = pod_work.MODELS["t5-3b"].build(256, 512, 8)
+    linears = linear_sizes(pod_t5.THREE_B)
+    kernels = sum(m * n * count for m, n, count in linears)
+    step = pod_step.make(work, "full", abstract(*sizes))
+    trainable, state, frozen, _ = map(pod_step.bytes_per_chip, step.args)
+    norms, buckets = (2 * 24 + 3 * 24 + 2) * 1024, 2 * 32 * 32
+    split = (kernels + 32_128 * 1024) // 256 + norms
+    assert 2 * split < frozen <= 2 * (split + buckets)
+    factors = 4 * 8 * sum((m + n) * count for m, n, count in linears)
+    repeated = sizes[1] > 1  # a factor whose axis is its kernel's on fsdp
+    assert trainable == factors // 256 if not repeated else trainable <= factors // 32
+    assert 0 <= state - 2 * 4 * kernels // 256 <= 64
+
+
+def test_a_model_that_is_whole_on_every_chip_is_cut_nowhere():
+    work = pod_work.MODELS["t5-base"].build(512, 128, 8)._replace(sharded=False)
+    step = pod_step.make(work, "full", abstract(16, 1))
+    trainable, state, frozen, batch = map(pod_step.bytes_per_chip, step.args)
+    assert (trainable, frozen) == (4 * 3_244_032, 4 * 222_903_552)
+    assert 0 <= state - 8 * sum(m * n * k for m, n, k in linear_sizes(pod_t5.BASE)) <= 64
+    assert batch == 32 * (128 * 5 + pod_work.ANSWER * 5)
 
 
 # Costs
@@ -344,6 +474,7 @@ def test_collectives_of_eight_devices_by_hand():
         (["--model", "llama3"], "did you mean 'llama3-8b'"),
         (["--batch", "100"], "multiple of 256"),
         (["--length", "1"], "--length must be at least 2"),
+        (["--model", "t5-11b"], "did you mean"),
         (["--rank", "0"], "--rank must be at least 1"),
     ],
 )
@@ -362,7 +493,7 @@ def test_without_libtpu_the_error_says_what_to_install(tmp_path):
     assert done.returncode == 2
     assert (
         done.stderr
-        == f"error: libtpu, which holds the TPU compiler, is not installed; `{pod.LIBTPU}`\n"
+        == f"error: libtpu, which holds the TPU compiler, is not installed; `{pod_slice.LIBTPU}`\n"
     )
 
 
