@@ -179,12 +179,24 @@ def test_a_pod_row_with_step_and_update_stands_in_both_tables():
     sizes = dict.fromkeys(["frozen_bytes", "trained_bytes", "state_bytes", "temporary_bytes"], 1e9)
     costs = {"flops": 4e12, "memory_traffic_bytes": 4e9, "sent_bytes": 4e9}
     row = {
-        "variant": "efficient", "config": {"model": "m", "topology": "v5e:4x4"},
+        "variant": "efficient", "config": {"model": "m", "topology": "v5e:4x4", "rank": None},
+        "batch": 512, "fsdp": 16, "length": 1024, "rank": 8,
         "total_bytes": 4e9, **sizes, **costs, "update": {k: v / 100 for k, v in costs.items()},
     }  # fmt: skip
-    made = tables.pod_tables([row], "m")
+    made = tables.pod_tables([row], ["m", "n"])
+    assert "**m**, 32 x 1,024 tokens a chip, rank 8." in made
     assert "| v5e:4x4 | efficient | 2 | 1,000 | 1 | 4 | 4 | 4 | 4 |" in made
     assert made.count("(1.0000%)") == 3
+    assert "**n**" not in made
+
+
+def test_an_update_whose_step_was_not_compiled_has_no_share():
+    update = {"flops": 4e6, "memory_traffic_bytes": 5e6, "sent_bytes": 6e6}
+    row = {
+        "variant": "full", "config": {"model": "m", "topology": "v5e:4x4", "rank": 4},
+        "batch": 16, "fsdp": 16, "length": 128, "update": update,
+    }  # fmt: skip
+    assert "| v5e:4x4 | full | 4 | 5 | 6 |" in tables.pod_tables([row], ["m"])
 
 
 def test_shapes_by_rank_and_their_exponents():

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import pathlib
+from collections.abc import Sequence
 
 import tyro
 
@@ -18,6 +19,7 @@ from experiments.report import splice
 
 SHAPES_RATIOS = ("ratio_to_adamw", "over_copy")
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
+PODS = ("llama3-8b", "t5-base", "t5-3b")  # the models that have a table
 POD_BEGIN, POD_END = "<!-- pod:begin -->", "<!-- pod:end -->"
 TITLES = {
     "bench_update": "One update of T5-base's 192 adapter pairs (144 of 768 x 768, 48 of 768 x "
@@ -161,36 +163,53 @@ def where(row: dict) -> str:
     return f"{device}, jax {row['versions']['jax']}, commit {commit}."
 
 
-def pod_tables(rows: list[dict], model: str = "llama3-8b") -> str:
-    """What a chip holds and does in a whole step, and in the update alone with its share."""
-    step, update = {}, {}  # a row has the one, the other, or both
-    for row in rows:
-        if row["config"]["model"] == model and row["variant"] != "sgd":
+def pod_tables(rows: list[dict], models: Sequence[str] = PODS) -> str:
+    """Per model: what a chip holds and does in a whole step, and in the update alone."""
+    parts = []
+    for model in models:
+        own = [row for row in rows if row["config"]["model"] == model]
+        step, update = {}, {}  # a row has the one, the other, or both
+        for row in own:
             key = row["config"]["topology"], row["variant"]
             if "flops" in row:
                 step[key] = row
             if "update" in row:
                 update[key] = row["update"]
-    whole = []
-    for key, row in sorted(step.items()):
+        wanted = [key for key in sorted(step.keys() | update.keys()) if key[1] != "sgd"]
+        if wanted:
+            parts += [f"**{model}**, {_sizes(own[-1])}. One whole step, per chip:"]
+            parts += [_pod_steps([(key, step[key]) for key in wanted if key in step])]
+            parts += ["The update alone, per chip, and its share of that step:"]
+            parts += [_pod_updates(step, [(key, update[key]) for key in wanted if key in update])]
+    return "\n\n".join(parts)
+
+
+def _sizes(row: dict) -> str:
+    rank = row["config"]["rank"] or row["rank"]
+    return f"{row['batch'] // row['fsdp']} x {row['length']:,} tokens a chip, rank {rank}"
+
+
+def _pod_steps(found: list[tuple[tuple, dict]]) -> str:
+    cells = []
+    for key, row in found:
         parts = [(row["frozen_bytes"] + row["trained_bytes"]) / 1e9, row["state_bytes"] / 1e6]
         parts += [row[k] / 1e9 for k in ("temporary_bytes", "total_bytes")]
         parts += [row["flops"] / 1e12, row["memory_traffic_bytes"] / 1e9, row["sent_bytes"] / 1e9]
-        whole.append([*key, *(f"{value:,.4g}" for value in parts)])
-    alone = [
-        [*key, *(f"{update[key][k] / 1e6:,.4g} ({update[key][k] / step[key][k]:.4%})"
-                 for k in ("flops", "memory_traffic_bytes", "sent_bytes"))]
-        for key in sorted(update.keys() & step.keys())
-    ]  # fmt: skip
+        cells.append([*key, *(f"{value:,.4g}" for value in parts)])
     held = ["base + factors GB", "state MB", "temporaries GB", "total GB"]
-    done = ["TFLOP", "memory traffic GB", "sent GB"]
-    parts = [
-        "One whole step, per chip:",
-        markdown(["slice", "mode", *held, *done], whole),
-        "The update alone, per chip, and its share of that step:",
-        markdown(["slice", "mode", "MFLOP", "memory traffic MB", "sent MB"], alone),
-    ]
-    return "\n\n".join(parts)
+    return markdown(["slice", "mode", *held, "TFLOP", "memory traffic GB", "sent GB"], cells)
+
+
+def _pod_updates(step: dict[tuple, dict], found: list[tuple[tuple, dict]]) -> str:
+    """The share is left out where the mode's whole step was not compiled."""
+    cells = []
+    for key, row in found:
+        whole = step.get(key)
+        costs = {k: row[k] for k in ("flops", "memory_traffic_bytes", "sent_bytes")}
+        shares = [f" ({cost / whole[k]:.4%})" if whole else "" for k, cost in costs.items()]
+        amounts = (f"{cost / 1e6:,.4g}" for cost in costs.values())
+        cells.append([*key, *map("".join, zip(amounts, shares, strict=True))])
+    return markdown(["slice", "mode", "MFLOP", "memory traffic MB", "sent MB"], cells)
 
 
 MADE_BY = {  # others: `table`
