@@ -2,7 +2,10 @@
 
     config.json        the run's configuration, written first: the folder belongs to it alone
     checkpoints/<step> Orbax: trainable parameters and optimizer state; JSON: position in the data,
-                       losses, evaluations and seconds so far
+                       losses, evaluations and seconds so far. Of a run that diverged the last is
+                       of the step before
+    metrics.jsonl      a line per step, evaluation and diagnosis; tensorboard/ and profile/ if
+                       asked for
     final.safetensors  the trained parameters; none of a run that diverged
     result.json        the result, written last: a folder that has it is complete
 
@@ -38,7 +41,6 @@ CONFIG, FINAL, RESULT, CHECKPOINTS = (
     "result.json",
     "checkpoints",
 )
-KEPT = 2  # the last checkpoint, and the one before while it is written
 _TEMPORARY = ".partial"
 _TRIES = 20  # to remove a folder that is still written to, a tenth of a second apart
 
@@ -134,16 +136,20 @@ def claim(folder: pathlib.Path, run: RunConfig) -> None:
 
 
 class Checkpoints:
-    """The checkpoints of one run folder."""
+    """The checkpoints of one run folder, of which the last `keep` are kept.
 
-    def __init__(self, folder: pathlib.Path):
+    Orbax writes them while training goes on: `save` returns when it has its own copy.
+    """
+
+    def __init__(self, folder: pathlib.Path, keep: int = 2):
         self.path = folder.absolute() / CHECKPOINTS
+        self._pending: int | None = None  # the step whose checkpoint may still be on its way
         with explained("the folder of the checkpoints", self.path):
             hosts.once(self._remove_unfinished)
             self._manager = ocp.CheckpointManager(
                 self.path,
                 options=ocp.CheckpointManagerOptions(
-                    max_to_keep=KEPT, enable_async_checkpointing=False
+                    max_to_keep=keep, enable_async_checkpointing=True
                 ),
             )
 
@@ -164,19 +170,38 @@ class Checkpoints:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
     def save(self, step: int, arrays: Any, progress: dict) -> None:
-        """Saves `arrays` (a pytree) and `progress` (JSON) after `step` steps; returns when done."""
+        """Begins to save `arrays` (a pytree) and `progress` (JSON) after `step` steps.
+
+        Raises:
+            OSError: this checkpoint, or the one before, cannot be written.
+        """
+        self.wait()
         items = ocp.args.Composite(
             arrays=ocp.args.StandardSave(arrays), progress=ocp.args.JsonSave(progress)
         )
+        with self._writing(step):
+            hosts.once(lambda: self._check_room(arrays))
+            self._manager.save(step, args=items)
+        self._pending = step
+
+    def wait(self) -> None:
+        """Returns when the last checkpoint is written; an OSError if that failed."""
+        if self._pending is None:
+            return
+        step, self._pending = self._pending, None
+        with self._writing(step):
+            self._manager.wait_until_finished()
+        hosts.can_go_on_from(f"step {step} or later of {self.path.parent}")
+
+    @contextlib.contextmanager
+    def _writing(self, step: int) -> Iterator[None]:
         try:
             with explained(f"the checkpoint of step {step}", self.path), _quiet_orbax():
-                hosts.once(lambda: self._check_room(arrays))
-                self._manager.save(step, args=items)
+                yield
         except OSError:
             if hosts.is_first():
                 self._remove_unfinished()
             raise
-        hosts.can_go_on_from(f"step {step} or later of {self.path.parent}")
 
     def restore(self, like: Any) -> tuple[Any, dict] | None:
         """(arrays, progress) of the last checkpoint, shaped like `like`; None if there is none."""
@@ -192,8 +217,11 @@ class Checkpoints:
         return restored.arrays, restored.progress
 
     def close(self) -> None:
-        """Lets go of the folder."""
-        self._manager.close()
+        """Waits for the last checkpoint, and lets go of the folder."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
 
 
 def read_result(folder: pathlib.Path) -> dict | None:
@@ -205,13 +233,14 @@ def read_result(folder: pathlib.Path) -> dict | None:
 def finish(folder: pathlib.Path, parameters: dict[str, Any] | None, result: dict) -> None:
     """Writes the parameters, then the result, then removes the checkpoints, no longer needed.
 
-    A run that diverged has no parameters.
+    A run that diverged has no parameters, and keeps its checkpoints.
     """
     if parameters is not None:
         data = safetensors.numpy.save(parameters)
         write_atomic(folder / FINAL, data, "the trained parameters")
     write_json(folder / RESULT, result, "the run's result")
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    if parameters is not None:
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
 def collect(out: pathlib.Path) -> pathlib.Path:

@@ -10,11 +10,14 @@ import argparse
 import dataclasses
 import difflib
 import math
+import os
 import pathlib
 from collections.abc import Iterable
 from typing import Annotated, Literal
 
 import tyro
+
+from experiments import checks
 
 # The paper trains one epoch of 3,668 to 392,702 examples. `pydoc` has a few thousand, and one
 # command with four methods is to end within six minutes on two CPU cores.
@@ -68,6 +71,10 @@ class Training:
     """Passes over the training data; None: 2 for pydoc, 1 (the paper's) for the others."""
     batch_size: int = 32
     """Examples per step."""
+    accumulate: int = 1
+    """Parts that a step's examples are worked through in, for memory; the step is the same."""
+    remat: bool = False
+    """The backward pass computes every layer anew, for memory (XLA undoes it on a CPU)."""
     max_length: int = 128
     """Tokens per example; longer ones are cut."""
     train_examples: int = 0
@@ -154,14 +161,27 @@ class Command(Training):
     out: pathlib.Path = pathlib.Path("runs/finetune")
     """Folder of the run folders, results.jsonl and the plots."""
     checkpoint_every: int = 100
-    """Steps between checkpoints; 0: none before the end."""
+    """Steps between checkpoints, written while training goes on; 0: none before the end."""
+    keep: int = 2
+    """Checkpoints of a run that are kept until it is complete: the last ones."""
+    evaluate_every: int = 0
+    """Steps between evaluations, beside those at the end of every epoch; 0: no others."""
+    evaluate_first: bool = False
+    """Evaluate before the first step too: what is wrong there should not cost an epoch."""
     diagnose_every: int = 0
     """Steps between measurements of how close the steps are to full fine-tuning's; 0: never."""
+    tensorboard: bool = False
+    """Write what metrics.jsonl holds for TensorBoard too."""
+    profile_steps: Annotated[tuple[int, ...] | None, _list_of(int, "FIRST,LAST")] = None
+    """Steps to trace with JAX's profiler, into the run's folder."""
     devices: int | None = None
     """Devices of this process that share every batch; None: one, or all if it is distributed."""
+    fsdp: int = 1
+    """Devices that share every parameter too, each holding a part: a divisor of all devices."""
     distributed: bool = False
     """This is one of several processes, which share --out; the cluster (Slurm, MPI, TPU) tells it
-    the following three, or they are given."""
+    the following three, or they are given, or stand in JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES
+    and JAX_PROCESS_ID; the first of which asks for this as the flag does."""
     coordinator: str | None = None
     """host:port at which process 0 will listen."""
     num_processes: int | None = None
@@ -186,13 +206,26 @@ def read(argv: list[str] | None, prog: str) -> Command:
     chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     chooser.add_argument("--config", choices=CONFIGS, default="minilm")
     chosen, _ = chooser.parse_known_args(argv)
-    return tyro.cli(
+    command = tyro.cli(
         Command,
         args=argv,
         prog=prog,
         default=CONFIGS[chosen.config],
         config=(tyro.conf.FlagCreatePairsOff,),
     )
+    return _with_environment(command)
+
+
+def _with_environment(command: Command) -> Command:
+    """The command with what it leaves to JAX's variables; nothing if they name no coordinator."""
+    if "JAX_COORDINATOR_ADDRESS" not in os.environ:
+        return command
+    told = {"coordinator": os.environ["JAX_COORDINATOR_ADDRESS"]}
+    for name in ("num_processes", "process_id"):
+        if (number := os.environ.get(f"JAX_{name.upper()}")) is not None:
+            told[name] = int(number)
+    left = {name: value for name, value in told.items() if getattr(command, name) is None}
+    return dataclasses.replace(command, distributed=True, **left)
 
 
 def shrunk(command: Command) -> Command:
@@ -218,25 +251,7 @@ def runs(command: Command) -> list[RunConfig]:
     shared = {f.name: getattr(command, f.name) for f in dataclasses.fields(Training)}
     if command.epochs is None:
         shared["epochs"] = EPOCHS.get(command.task, PAPER_EPOCHS)
-    for flag, values in (
-        ("--methods", command.methods),
-        ("--learning-rates", command.learning_rates or ()),
-        ("--seeds", command.seeds),
-    ):
-        if len(set(values)) < len(values):
-            raise ValueError(
-                f"{flag} {','.join(map(str, values))} names a value twice; once will do"
-            )
-    _at_least("--checkpoint-every", command.checkpoint_every, 0)
-    _at_least("--diagnose-every", command.diagnose_every, 0)
-    _at_least("--timeout", command.timeout, 1)
-    if command.devices is not None:
-        _at_least("--devices", command.devices, 1)
-    given = (command.coordinator, command.num_processes, command.process_id)
-    if not command.distributed and given != (None, None, None):
-        raise ValueError(
-            "--coordinator, --num-processes and --process-id need --distributed; add it"
-        )
+    _check_command(command)
     grid = [
         RunConfig(**shared, method=method, learning_rate=rate, seed=seed)
         for method in command.methods
@@ -248,45 +263,58 @@ def runs(command: Command) -> list[RunConfig]:
     return grid
 
 
+def _check_command(command: Command) -> None:
+    checks.different("--methods", command.methods)
+    checks.different("--learning-rates", command.learning_rates or ())
+    checks.different("--seeds", command.seeds)
+    for flag, value, least in (
+        ("--checkpoint-every", command.checkpoint_every, 0),
+        ("--keep", command.keep, 1),
+        ("--diagnose-every", command.diagnose_every, 0),
+        ("--evaluate-every", command.evaluate_every, 0),
+        ("--fsdp", command.fsdp, 1),
+        ("--timeout", command.timeout, 1),
+        ("--devices", 1 if command.devices is None else command.devices, 1),
+    ):
+        checks.at_least(flag, value, least)
+    first, *last = command.profile_steps or (1, 1)
+    if len(last) != 1 or not 1 <= first <= last[0]:
+        raise ValueError(
+            f"--profile-steps {','.join(map(str, command.profile_steps or ()))} is not FIRST,LAST "
+            "with 1 <= FIRST <= LAST, such as 10,20"
+        )
+    given = (command.coordinator, command.num_processes, command.process_id)
+    if not command.distributed and given != (None, None, None):
+        raise ValueError(
+            "--coordinator, --num-processes and --process-id need --distributed; add it"
+        )
+
+
 def check(run: RunConfig) -> None:
     """Raises ValueError for the first number of a run that is out of its range."""
-    _positive("--learning-rates", run.learning_rate)
+    checks.positive("--learning-rates", run.learning_rate)
     if run.head_learning_rate is not None:
-        _positive("--head-learning-rate", run.head_learning_rate)
-    _positive("--alpha", run.alpha)
-    _positive("--eps", run.eps)
-    for flag, value in (
-        ("--epochs", run.epochs),
-        ("--batch-size", run.batch_size),
-        ("--rank", run.rank),
+        checks.positive("--head-learning-rate", run.head_learning_rate)
+    checks.positive("--alpha", run.alpha)
+    checks.positive("--eps", run.eps)
+    for flag, value, least in (
+        ("--epochs", run.epochs, 1),
+        ("--batch-size", run.batch_size, 1),
+        ("--accumulate", run.accumulate, 1),
+        ("--rank", run.rank, 1),
+        ("--max-length", run.max_length, 3),  # [CLS], a token, [SEP]
+        ("--seeds", run.seed, 0),
+        ("--train-examples", run.train_examples, 0),
+        ("--eval-examples", run.eval_examples, 0),
+        ("--clip-norm", run.clip_norm, 0),
+        ("--weight-decay", run.weight_decay, 0),
     ):
-        _at_least(flag, value, 1)
-    _at_least("--max-length", run.max_length, 3)  # [CLS], a token, [SEP]
-    for flag, value in (
-        ("--seeds", run.seed),
-        ("--train-examples", run.train_examples),
-        ("--eval-examples", run.eval_examples),
-        ("--clip-norm", run.clip_norm),
-        ("--weight-decay", run.weight_decay),
-    ):
-        _at_least(flag, value, 0)
+        checks.at_least(flag, value, least)
+    checks.divides("--accumulate", run.accumulate, "--batch-size", run.batch_size)
     for flag, value in (
         ("--dropout", run.dropout),
         ("--warmup-ratio", run.warmup_ratio),
         ("--b1", run.b1),
         ("--b2", run.b2),
     ):
-        if not 0 <= value < 1:
-            raise ValueError(f"{flag} must be at least 0 and less than 1, not {value}")
-
-
-def _positive(flag: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(
-            f"{flag} must be a finite number greater than 0, such as 1e-4, not {value}"
-        )
-
-
-def _at_least(flag: str, value: float, least: int) -> None:
-    if not (math.isfinite(value) and value >= least):
-        raise ValueError(f"{flag} must be a finite number of at least {least}, not {value}")
+        checks.below_one(flag, value)

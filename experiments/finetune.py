@@ -15,7 +15,8 @@ import dataclasses
 import pathlib
 import resource
 import sys
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -26,33 +27,51 @@ from experiments import (
     checkpoint,
     config,
     data,
+    devices,
     hosts,
     methods,
     models,
     plots,
+    preemption,
     prepare,
     progress,
     report,
+    runlog,
     sensitivity,
     train,
 )
 from experiments.config import Command, RunConfig
+from experiments.devices import Devices
 from experiments.provenance import provenance
 from experiments.summary import summarise
 
 CURVE_POINTS = 200  # of the loss curve in a result
 
 
+class Session(NamedTuple):
+    """What the runs of a command share."""
+
+    command: Command
+    devices: Devices
+    console: rich.console.Console
+    told_to_end: Callable[[int], bool]  # asked after every step
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status, 1 if a run diverged."""
-    command = config.shrunk(config.read(argv, "python -m experiments.finetune"))
+    command = Command()
     try:
+        command = config.shrunk(config.read(argv, "python -m experiments.finetune"))
         checked_runs(command)  # before the process waits for others
         hosts.connect(command)
-        failed = compare(command, _console())
+        with preemption.noticed() as told_to_end:
+            failed = compare(Session(command, devices.of(command), _console(), told_to_end))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except train.PreemptedError as stopped:
+        print(f"{stopped}; the same command goes on from there", file=sys.stderr)
+        return preemption.STATUS
     except jax.errors.JaxRuntimeError as error:
         if not command.distributed:
             raise
@@ -68,19 +87,16 @@ def _console() -> rich.console.Console:
     return console
 
 
-def compare(command: Command, console: rich.console.Console) -> int:
+def compare(session: Session) -> int:
     """Makes every run of the command, then the table and the plots; returns how many diverged."""
-    grid, devices = checked_runs(command), hosts.devices(command)
-    results = []
+    out, console, results = session.command.out, session.console, []
+    grid = checked_runs(session.command)
     for number, run in enumerate(grid, 1):
-        title = f"[{number}/{len(grid)}] {run.folder_name}"
-        results.append(run_or_read(run, command, devices, console, title))
+        results.append(run_or_read(run, session, f"[{number}/{len(grid)}] {run.folder_name}"))
         if "diverged" in results[-1]:
-            print(divergence(results[-1], command.out / run.folder_name), file=sys.stderr)
+            print(divergence(results[-1], out / run.folder_name), file=sys.stderr)
     rows = summarise(results)
-    made = hosts.once(
-        lambda: [checkpoint.collect(command.out), *plots.draw(rows, command.out).values()]
-    )
+    made = hosts.once(lambda: [checkpoint.collect(out), *plots.draw(rows, out).values()])
     console.print(report.rich_table(rows))
     for table in sensitivity.tables(rows):
         console.print(report.rich_sensitivity(table))
@@ -90,11 +106,12 @@ def compare(command: Command, console: rich.console.Console) -> int:
 
 
 def divergence(result: dict[str, Any], folder: pathlib.Path) -> str:
-    """What happened to a run that diverged, and what to do."""
+    """What happened to a run that diverged, where to look, and what to do."""
     return (
         f"error: {folder.name} diverged: {result['reason']}; try lower --learning-rates, a longer "
-        "--warmup-ratio or a smaller --clip-norm. Its result says that it diverged, and the run is "
-        f"not made again: for that, delete {folder}"
+        f"--warmup-ratio or a smaller --clip-norm. {folder / result['checkpoint']} has the "
+        f"parameters before that, {folder / checkpoint.RESULT} the ids of the step's examples. The "
+        f"run is not made again: for that, delete {folder}"
     )
 
 
@@ -113,15 +130,9 @@ def checked_runs(command: Command) -> list[RunConfig]:
     return config.runs(command)
 
 
-def run_or_read(
-    run: RunConfig,
-    command: Command,
-    devices: hosts.Devices,
-    console: rich.console.Console,
-    title: str,
-) -> dict[str, Any]:
+def run_or_read(run: RunConfig, session: Session, title: str) -> dict[str, Any]:
     """The result of a run: read if it is complete, else trained, from a checkpoint if any."""
-    folder = command.out / run.folder_name
+    folder = session.command.out / run.folder_name
     with contextlib.ExitStack() as held:
 
         def opened() -> dict | None:
@@ -131,50 +142,103 @@ def run_or_read(
 
         if (result := hosts.once(opened)) is not None:
             ended = "diverged" if "diverged" in result else "complete"
-            console.print(f"{title}: {ended}, nothing to do ({folder})", soft_wrap=True)
+            session.console.print(f"{title}: {ended}, nothing to do ({folder})", soft_wrap=True)
             return result
         hosts.can_go_on_from(f"the last checkpoint of {folder}")
-        return train_run(run, command, devices, folder, console, title)
+        return train_run(run, session, folder, title)
 
 
-def train_run(
-    run: RunConfig,
-    command: Command,
-    devices: hosts.Devices,
-    folder: pathlib.Path,
-    console: rich.console.Console,
-    title: str,
-) -> dict[str, Any]:
+def train_run(run: RunConfig, session: Session, folder: pathlib.Path, title: str) -> dict[str, Any]:
     """Trains one run and leaves its folder complete, also if it diverges."""
+    command, shared_by = session.command, session.devices
     loaded = prepare.load_data(run, command.data_dir)
-    setup, params = prepare.build(run, loaded, devices)
-    sizes = sizes_of(setup, params)
-    saved, diverged = checkpoint.Checkpoints(folder), None
-    with progress.shown(console, title, len(setup.batches), run.batch_size) as observe:
-        try:
-            params, history = train.train(
-                setup,
-                params,
-                saved,
-                checkpoint_every=command.checkpoint_every,
-                diagnose_every=command.diagnose_every,
-                observe=observe,
-            )
-        except train.DivergedError as error:
-            params, history, diverged = None, error.history, error
-    saved.close()
+    setup, params = prepare.build(run, loaded, shared_by)
+    sizes, evidence, diverged = sizes_of(setup, params), {}, None
+    with contextlib.closing(checkpoint.Checkpoints(folder, command.keep)) as saved:
+        with observed(run, session, setup, folder, title) as observe:
+            try:
+                params, history = train.train(
+                    setup,
+                    params,
+                    saved,
+                    rhythm(command),
+                    observe=observe,
+                    told_to_end=session.told_to_end,
+                    profile=folder / "profile",
+                )
+            except train.DivergedError as error:
+                params, history, diverged = None, error.history, error
+        if diverged is not None:
+            evidence = replay(run, loaded, shared_by, saved, diverged)
+    trained = None if params is None else named_arrays(params, shared_by)
 
     def finished() -> dict[str, Any]:
-        result = summary(run, loaded, history, diverged) | sizes | peak_memory()
-        result |= {"devices": devices.count, "provenance": provenance()}
-        checkpoint.finish(folder, None if params is None else named_arrays(params), result)
+        result = summary(run, loaded, history, diverged) | evidence | sizes | peak_memory()
+        result |= {"devices": shared_by.count, "provenance": provenance()}
+        checkpoint.finish(folder, trained, result)
         return result
 
     result = hosts.once(finished)
     if diverged is None:
         scores = ", ".join(f"{k} {v:.4f}" for k, v in result["final"].items())
-        console.print(f"{title}: {scores}", highlight=False, soft_wrap=True)
+        session.console.print(f"{title}: {scores}", highlight=False, soft_wrap=True)
     return result
+
+
+def rhythm(command: Command) -> train.Rhythm:
+    """What the command says of when to do what."""
+    return train.Rhythm(
+        checkpoint_every=command.checkpoint_every,
+        evaluate_every=command.evaluate_every,
+        evaluate_first=command.evaluate_first,
+        diagnose_every=command.diagnose_every,
+        profile_steps=command.profile_steps,
+    )
+
+
+@contextlib.contextmanager
+def observed(
+    run: RunConfig, session: Session, setup: train.Setup, folder: pathlib.Path, title: str
+) -> Iterator[Callable[[train.History], None]]:
+    """Yields what shows and logs a history; of several processes, the first does."""
+    steps, observers = len(setup.batches), []
+    rate = methods.schedule(run.learning_rate, run.warmup_ratio, steps)
+
+    def observe(history: train.History) -> None:
+        for one in observers:
+            one(history)
+
+    with contextlib.ExitStack() as held:
+        if hosts.is_first():
+            bar = progress.shown(session.console, title, steps, run.batch_size)
+            log = runlog.opened(
+                folder, np.asarray(rate(np.arange(steps))), tensorboard=session.command.tensorboard
+            )
+            observers += [held.enter_context(bar), held.enter_context(log)]
+        yield observe
+
+
+def replay(
+    run: RunConfig,
+    loaded: prepare.Data,
+    shared_by: Devices,
+    saved: checkpoint.Checkpoints,
+    diverged: train.DivergedError,
+) -> dict[str, Any]:
+    """Leaves a checkpoint of where a run stood before it went wrong; says which, and on what.
+
+    The loop runs ahead and its buffers are donated, so that state is gone when the loss is read:
+    the steps from the last checkpoint on are made again.
+    """
+    saved.wait()
+    setup, params = prepare.build(run, loaded, shared_by)
+    train.train(setup, params, saved, train.Rhythm(last=diverged.before))
+    found = {"checkpoint": f"{checkpoint.CHECKPOINTS}/{diverged.before}"}
+    if diverged.before < diverged.step:  # not in the validation
+        batch = shared_by.shard(setup.batches[diverged.step - 1])
+        ids = shared_by.gather(batch["ids"]).tolist()
+        found |= {"batch_ids": [number for number in ids if number >= 0]}
+    return found
 
 
 def sizes_of(setup: train.Setup, params: nnx.State) -> dict[str, int]:
@@ -247,11 +311,13 @@ def thinned(losses: list[float], points: int) -> list[list[float]]:
     return [[int(s[-1]) + 1, float(np.mean([losses[i] for i in s]))] for s in stretches]
 
 
-def named_arrays(params: nnx.State) -> dict[str, np.ndarray]:
-    """The leaves as numpy arrays under their paths, for safetensors."""
+def named_arrays(params: nnx.State, shared_by: Devices) -> dict[str, np.ndarray]:
+    """The leaves as numpy arrays under their paths, for safetensors; asked of every process."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): np.ascontiguousarray(leaf)
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.ascontiguousarray(
+            shared_by.gather(leaf)
+        )
         for path, leaf in leaves
     }
 

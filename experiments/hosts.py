@@ -1,8 +1,4 @@
-"""Devices that share every batch, in one process or in several: data parallelism.
-
-Parameters, optimizer state and losses are replicated, batches are cut along the mesh's one axis,
-"data". XLA adds the all-reduce of the gradients where a sum crosses the cut. With one device there
-is no mesh and nothing here does anything.
+"""Processes that make a run together: who they are, what one does for all, and how they end.
 
 Every process runs the same program. What must happen once (locks, files, the terminal) happens in
 process 0, whose answer or error the others take over, so that all of them go on or stop together.
@@ -19,12 +15,11 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments.config import Command
 
@@ -40,43 +35,6 @@ for last in sys.stdin:
 sys.stderr.write(last.strip() and last)
 """
 _witness: subprocess.Popen | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Devices:
-    """The devices that share every batch; `mesh` is None for one."""
-
-    mesh: Mesh | None = None
-
-    @property
-    def count(self) -> int:
-        """How many they are, over all processes."""
-        return 1 if self.mesh is None else self.mesh.size
-
-    @property
-    def replicated(self) -> NamedSharding | None:
-        """The sharding of an array of which every device has the whole."""
-        return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
-
-    def replicate(self, tree: Any) -> Any:
-        """The same values on every device; every process has them already."""
-        return tree if self.mesh is None else jax.device_put(tree, self.replicated)
-
-    def shard(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        """The global batch, of which this process has `batch`."""
-        if self.mesh is None:
-            return batch
-        rows = NamedSharding(self.mesh, PartitionSpec("data"))
-        return {k: jax.make_array_from_process_local_data(rows, x) for k, x in batch.items()}
-
-    def gather(self, x: Any) -> np.ndarray:
-        """All of an array whose rows are cut, in every process."""
-        return np.asarray(
-            x if self.mesh is None else multihost_utils.process_allgather(x, tiled=True)
-        )
-
-
-ONE = Devices()
 
 
 def connect(command: Command) -> None:
@@ -102,32 +60,6 @@ def connect(command: Command) -> None:
             "the processes of this run were given different options; give all of them the same "
             "command line, but for --process-id and --data-dir"
         )
-
-
-def devices(command: Command) -> Devices:
-    """The devices that the command asks for: the same number of every process."""
-    wanted, there = command.devices, jax.local_device_count()
-    if wanted is None:
-        wanted = there if command.distributed else 1
-    if wanted > there:
-        raise ValueError(
-            f"--devices {wanted}, but this process has {there} of {jax.default_backend()}; ask for "
-            f"fewer, or set JAX_NUM_CPU_DEVICES={wanted} to divide a CPU"
-        )
-    if command.distributed and wanted < there:
-        raise ValueError(
-            f"--devices {wanted}, but this process has {there}; a distributed run takes all: leave "
-            "--devices out, or hide devices from the process"
-        )
-    # In the order of their processes, for a process's share of the rows is that of its rank.
-    chosen = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
-    count = wanted * jax.process_count()
-    if command.batch_size % count:
-        raise ValueError(
-            f"--batch-size {command.batch_size} cannot be shared by {count} devices; make it a "
-            "multiple of them"
-        )
-    return Devices(Mesh(np.array(chosen[:count]), ("data",)) if count > 1 else None)
 
 
 def is_first() -> bool:

@@ -13,7 +13,7 @@ from experiments import data, methods, models, programs, train
 from experiments.config import RunConfig
 from experiments.data.batching import BUCKETS
 from experiments.data.prompts import PROMPTS
-from experiments.hosts import ONE, Devices
+from experiments.devices import ONE, Devices
 
 EVAL_BATCH = 64
 # What compiling for one more length costs, in steps x tokens of its padding: on 2 CPU cores a
@@ -105,6 +105,7 @@ def build(run: RunConfig, loaded: Data, devices: Devices = ONE) -> tuple[train.S
         rngs=rngs,
         dropout=run.dropout,
         dtype=jnp.dtype(run.dtype),
+        remat=run.remat,
     )
     graph, params, frozen = methods.split(model, run, rngs)
     buckets = lengths(run, loaded.train.lengths)
@@ -120,7 +121,7 @@ def build(run: RunConfig, loaded: Data, devices: Devices = ONE) -> tuple[train.S
     setup = train.Setup(
         programs=programs.of(run, len(batches), graph, devices),
         varied=devices.replicate(programs.varied(run)),
-        frozen=devices.replicate(frozen),
+        frozen=devices.place(frozen),
         batches=batches,
         evaluation=data.eval_batches(loaded.validation, eval_batch, **cut),
         epochs=run.epochs,

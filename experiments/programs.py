@@ -17,7 +17,7 @@ from flax import nnx
 
 from experiments import methods
 from experiments.config import RunConfig
-from experiments.hosts import Devices
+from experiments.devices import Devices
 
 KEPT = 2  # methods whose programs are held: a command goes through its methods one by one
 
@@ -35,8 +35,15 @@ def varied(run: RunConfig) -> Varied:
     return Varied(peaks, np.asarray(jax.random.key_data(jax.random.key(run.seed))))
 
 
-def loss_fn(params, graph: nnx.GraphDef, frozen, batch, number, key) -> jax.Array:
-    """The mean cross-entropy of one batch's rows or tokens, with the dropout of step `number`."""
+class Metrics(NamedTuple):
+    """What a step tells of itself, before it."""
+
+    loss: jax.Array
+    gradient_norm: jax.Array  # global, of what trains, before clipping
+
+
+def summed_loss(params, graph: nnx.GraphDef, frozen, batch, number, key) -> tuple:
+    """(summed cross-entropy of a batch's rows or tokens, their number), with dropout `number`."""
     model = nnx.merge(graph, params, frozen)
     # Adapters own their streams of keys, each with a count that takes the place of the step.
     counts = nnx.state(model, nnx.RngCount)
@@ -45,14 +52,45 @@ def loss_fn(params, graph: nnx.GraphDef, frozen, batch, number, key) -> jax.Arra
     inputs = (batch[name] for name in ("tokens", "mask", "segments", "labels"))
     losses_BL, weights_BL = model.losses(*inputs, rngs=rngs)
     weights_BL = weights_BL * batch["weights"][:, None]
-    return jnp.sum(losses_BL * weights_BL) / jnp.maximum(jnp.sum(weights_BL), 1.0)
+    return jnp.sum(losses_BL * weights_BL), jnp.sum(weights_BL)
+
+
+def loss_fn(params, graph: nnx.GraphDef, frozen, batch, number, key) -> jax.Array:
+    """The mean cross-entropy of one batch's rows or tokens, with the dropout of step `number`."""
+    total, count = summed_loss(params, graph, frozen, batch, number, key)
+    return total / jnp.maximum(count, 1.0)
+
+
+def accumulated(parts: int, params, graph: nnx.GraphDef, frozen, batch, number, key) -> tuple:
+    """`jax.value_and_grad(loss_fn)`, worked through in `parts` parts of the batch one by one.
+
+    Every part has rows of every device: the first of it has rows 0, `parts`, 2 `parts`, ...
+    """
+
+    def cut(x_B: jax.Array) -> jax.Array:
+        return jnp.swapaxes(x_B.reshape(-1, parts, *x_B.shape[1:]), 0, 1)
+
+    def of_part(index, part) -> tuple:
+        return jax.value_and_grad(summed_loss, has_aux=True)(
+            params, graph, frozen, part, number * parts + index, key
+        )
+
+    def add(sums, part) -> tuple:
+        return jax.tree.map(jnp.add, sums, of_part(*part)), None
+
+    steps = jnp.arange(parts), jax.tree.map(cut, batch)
+    like = jax.eval_shape(of_part, *jax.tree.map(lambda x: x[0], steps))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+    ((total, count), grads), _ = jax.lax.scan(add, zeros, steps)
+    count = jnp.maximum(count, 1.0)
+    return total / count, jax.tree.map(lambda g: (g / count).astype(g.dtype), grads)
 
 
 class Compiled:
     """A jitted function compiled ahead, once per length of batch: the time and memory are known."""
 
-    def __init__(self, jitted: Callable):
-        self.jitted = jitted
+    def __init__(self, jitted: Callable, devices: Devices):
+        self.jitted, self.devices = jitted, devices
         self.programs: dict[int, Any] = {}
 
     def __contains__(self, length: int) -> bool:
@@ -63,7 +101,8 @@ class Compiled:
 
     def compile(self, length: int, args: tuple) -> None:
         """Makes the program for batches of `length` tokens."""
-        self.programs[length] = self.jitted.lower(*args).compile()
+        with self.devices.in_use():
+            self.programs[length] = self.jitted.lower(*args).compile()
 
     def memory_bytes(self, length: int) -> int:
         """Arguments, outputs and temporaries of a program; donated buffers count once."""
@@ -77,18 +116,19 @@ class Compiled:
 class Programs:
     """The programs of one configuration.
 
-    step(params, opt_state, frozen, batch, number, varied) -> (params, opt_state, loss), donated
+    step(params, opt_state, frozen, batch, number, varied) -> (params, opt_state, metrics), donated
     diagnosis(the same) -> {name: figure}; None for a method without pairs
     logits(params, frozen, batch) -> (B, C)
     """
 
     def __init__(self, run: RunConfig, steps: int, graph: nnx.GraphDef, devices: Devices):
-        self.run, self.steps, self.graph = run, steps, graph
+        self.run, self.steps, self.graph, self.devices = run, steps, graph, devices
         replicated, measure = devices.replicated, methods.diagnosis(run)
 
         def step(params, *rest):
-            loss, _, updates, opt_state = self._update(params, *rest)
-            return optax.apply_updates(params, updates), opt_state, loss
+            loss, grads, updates, opt_state = self._update(params, *rest)
+            metrics = Metrics(loss, optax.tree.norm(grads))
+            return (*self._placed(optax.apply_updates(params, updates), opt_state), metrics)
 
         def diagnosis(params, *rest):
             assert measure is not None
@@ -100,23 +140,35 @@ class Programs:
             model.eval()
             return model(batch["tokens"], batch["mask"], batch["segments"])
 
-        self.step = Compiled(jax.jit(step, donate_argnums=(0, 1), out_shardings=replicated))
-        self.logits = Compiled(jax.jit(logits))
+        self.step = Compiled(jax.jit(step, donate_argnums=(0, 1)), devices)
+        self.logits = Compiled(jax.jit(logits), devices)
         self.diagnosis = (
-            None if measure is None else Compiled(jax.jit(diagnosis, out_shardings=replicated))
+            None
+            if measure is None
+            else Compiled(jax.jit(diagnosis, out_shardings=replicated), devices)
         )
 
     def init(self, params) -> Any:
         """The optimizer's first state, the same for all rates."""
-        return self._optimizer(methods.peaks(self.run)).init(params)
+        return self.devices.init(self._optimizer(methods.peaks(self.run)), params)
+
+    def _placed(self, params, opt_state) -> tuple:
+        """Both, held to where they lie before the step."""
+        if self.devices.mesh is None:
+            return params, opt_state
+        tx = self._optimizer(methods.peaks(self.run))
+        where = self.devices.shardings(params), self.devices.state_shardings(tx, params)
+        return jax.lax.with_sharding_constraint((params, opt_state), where)
 
     def _optimizer(self, peaks: methods.Peaks) -> optax.GradientTransformation:
         return methods.optimizer(self.run, self.steps, peaks)
 
     def _update(self, params, opt_state, frozen, batch, number, varied: Varied) -> tuple:
-        loss, grads = jax.value_and_grad(loss_fn)(
-            params, self.graph, frozen, batch, number, varied.key
-        )
+        args = params, self.graph, frozen, batch, number, varied.key
+        if self.run.accumulate == 1:
+            loss, grads = jax.value_and_grad(loss_fn)(*args)
+        else:
+            loss, grads = accumulated(self.run.accumulate, *args)
         tx = self._optimizer(varied.peaks)
         updates, opt_state = tx.update(grads, opt_state, params)
         return loss, grads, updates, opt_state

@@ -29,6 +29,8 @@ def shown(
         task = bar.add_task(title, total=steps, loss="-", rate="-")
 
         def observe(history: train.History) -> None:
+            if not history.losses:
+                return
             loss, rate = _now(history, batch_size)
             done = len(history.losses)
             bar.update(task, completed=done, loss=f"{loss:.4f}", rate=f"{rate:.0f}")
@@ -37,11 +39,13 @@ def shown(
 
 
 def _lines(console, title: str, steps: int, batch_size: int) -> Callable[[train.History], None]:
-    every = max(steps // 10, 1)
+    every, shown = max(steps // 10, 1), -1
 
     def observe(history: train.History) -> None:
+        nonlocal shown
         done = len(history.losses)
-        if done % every == 0 or done == steps:
+        if done and done != shown and (done % every == 0 or done == steps):
+            shown = done
             loss, rate = _now(history, batch_size)
             left = history.seconds["train"] / done * (steps - done)
             console.print(

@@ -2,13 +2,15 @@
 
 The host runs a few steps ahead of the device and reads each loss when it is due, so that neither
 waits for the other; what is shown and checked is always a loss that has been computed. The random
-key of a step is made from (seed, step), so a resumed run repeats what an unbroken one does.
+key of a step is made from (seed, step), so a resumed run repeats what an unbroken one does; so
+does the replay up to a step that went wrong.
 """
 
 import collections
 import contextlib
 import dataclasses
 import math
+import pathlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -20,8 +22,8 @@ from flax import nnx
 
 from experiments import evaluate
 from experiments.checkpoint import Checkpoints
-from experiments.hosts import ONE, Devices
-from experiments.programs import Compiled, Programs, Varied
+from experiments.devices import ONE, Devices
+from experiments.programs import Compiled, Metrics, Programs, Varied
 
 AHEAD = 2  # steps dispatched before the oldest loss is read
 # Batches are cheap to make; more threads would take cores from a CPU run.
@@ -41,12 +43,31 @@ class Setup(NamedTuple):
 
 
 class DivergedError(FloatingPointError):
-    """A loss is NaN or infinite."""
+    """A loss, or the norm of a gradient, is NaN or infinite."""
 
-    def __init__(self, what: str, step: int, history: "History"):
+    def __init__(self, what: str, step: int, before: int, history: "History"):
         super().__init__(what)
         self.step = step  # from 1
+        self.before = before  # steps after which the parameters stood that showed it
         self.history = history  # of the steps before
+
+
+class PreemptedError(Exception):
+    """The run was told to end, and has saved where it stands."""
+
+    def __init__(self, step: int, steps: int):
+        super().__init__(f"stopped after step {step} of {steps}, of which there is a checkpoint")
+
+
+class Rhythm(NamedTuple):
+    """When the loop does what, in steps; 0 is never."""
+
+    checkpoint_every: int = 0  # beside the last step
+    evaluate_every: int = 0  # beside the end of every epoch
+    evaluate_first: bool = False
+    diagnose_every: int = 0
+    profile_steps: tuple[int, int] | None = None  # the first and the last that are traced
+    last: int | None = None  # the step to end with; None: the run's last
 
 
 @dataclasses.dataclass
@@ -54,7 +75,8 @@ class History:
     """What a run has measured so far; goes into every checkpoint."""
 
     losses: list[float] = dataclasses.field(default_factory=list)  # of every step
-    evaluations: list[dict] = dataclasses.field(default_factory=list)  # at the end of every epoch
+    gradient_norms: list[float] = dataclasses.field(default_factory=list)  # of every step
+    evaluations: list[dict] = dataclasses.field(default_factory=list)
     diagnostics: list[dict] = dataclasses.field(default_factory=list)
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # by activity
     step_memory_bytes: int = 0  # of the largest compiled step
@@ -86,10 +108,11 @@ def train(
     setup: Setup,
     params: nnx.State,
     checkpoints: Checkpoints,
+    rhythm: Rhythm,
     *,
-    checkpoint_every: int,
-    diagnose_every: int,
-    observe: Callable[[History], None],
+    observe: Callable[[History], None] = lambda history: None,
+    told_to_end: Callable[[int], bool] = lambda step: False,
+    profile: pathlib.Path | None = None,
 ) -> tuple[nnx.State, History]:
     """Trains from the last checkpoint, if there is one, to the end; the last step is saved too.
 
@@ -97,16 +120,18 @@ def train(
         setup: the run.
         params: the initial trainable parameters; donated.
         checkpoints: of the run's folder.
-        checkpoint_every: steps between checkpoints; 0: only the last.
-        diagnose_every: steps between diagnoses; 0: none.
-        observe: is called whenever a loss has been read, with the history so far.
+        rhythm: when to save, to evaluate, to diagnose, to trace and to end.
+        observe: is called whenever something has been measured, with the history so far.
+        told_to_end: asked after every step, with its number; if so, the run saves and stops.
+        profile: the folder of the traces.
 
     Raises:
-        DivergedError: a loss is not finite.
+        DivergedError: a loss or a gradient is not finite.
+        PreemptedError: it was told to end.
         OSError: a checkpoint could not be written.
     """
-    params, opt_state = setup.devices.replicate((params, setup.programs.init(params)))
-    history = History()
+    params = setup.devices.place(params)
+    opt_state, history = setup.programs.init(params), History()
     if (found := checkpoints.restore((params, opt_state))) is not None:
         (params, opt_state), history = found[0], History(**found[1])
     loop = _Loop(setup, history, observe)
@@ -114,18 +139,59 @@ def train(
     if history.data is not None:
         iterator.set_state(history.data)
     total = len(setup.batches)
-    per_epoch = total // setup.epochs
-    for done in range(len(history.losses) + 1, total + 1):
-        batch = setup.devices.shard(next(iterator))
-        if diagnose_every and setup.programs.diagnosis and done % diagnose_every == 0:
-            loop.diagnose(params, opt_state, batch, done)
-        params, opt_state = loop.step(params, opt_state, batch, done)
-        if done % per_epoch == 0:
-            loop.evaluate(params, done)
-        if done == total or (checkpoint_every and done % checkpoint_every == 0):
-            history.data = iterator.get_state()
-            loop.save(checkpoints, done, (params, opt_state))
+    last = total if rhythm.last is None else rhythm.last
+    start = len(history.losses)
+    observe(history)  # what a log holds beyond the checkpoint is void
+    if rhythm.evaluate_first and start == 0:
+        loop.evaluate(params, 0)
+    with _traced(rhythm.profile_steps, profile) as trace:
+        for done in range(start + 1, last + 1):
+            batch = setup.devices.shard(next(iterator))
+            if setup.programs.diagnosis and _due(done, rhythm.diagnose_every):
+                loop.diagnose(params, opt_state, batch, done)
+            with trace(done, lambda: loop.read(0)):
+                params, opt_state = loop.step(params, opt_state, batch, done)
+            if _due(done, total // setup.epochs) or _due(done, rhythm.evaluate_every):
+                loop.evaluate(params, done)
+            ending = done < last and told_to_end(done)
+            if done == last or ending or _due(done, rhythm.checkpoint_every):
+                history.data = iterator.get_state()
+                loop.save(checkpoints, done, (params, opt_state))
+            if ending:
+                checkpoints.wait()
+                raise PreemptedError(done, total)
+    if last == 0:  # a replay that ends before the first step
+        loop.save(checkpoints, 0, (params, opt_state))
     return params, history
+
+
+def _due(done: int, every: int) -> bool:
+    return every > 0 and done % every == 0
+
+
+@contextlib.contextmanager
+def _traced(steps: tuple[int, int] | None, folder: pathlib.Path | None) -> Iterator[Callable]:
+    """trace(step, finish) is around a step; `finish` waits for those that were dispatched."""
+    on = False
+
+    @contextlib.contextmanager
+    def trace(done: int, finish: Callable[[], None]) -> Iterator[None]:
+        nonlocal on
+        if steps and not on and steps[0] <= done <= steps[1]:
+            finish()
+            jax.profiler.start_trace(str(folder))
+            on = True
+        yield
+        if on and done == steps[1]:
+            finish()
+            jax.profiler.stop_trace()
+            on = False
+
+    try:
+        yield trace
+    finally:
+        if on:
+            jax.profiler.stop_trace()
 
 
 class _Loop:
@@ -134,7 +200,7 @@ class _Loop:
     def __init__(self, setup: Setup, history: History, observe: Callable[[History], None]):
         self.setup, self.history, self.observe = setup, history, observe
         self.programs = setup.programs
-        self.pending: collections.deque[jax.Array] = collections.deque()
+        self.pending: collections.deque[Metrics] = collections.deque()
         history.seconds.setdefault("compile", 0.0)  # an earlier run may have made every program
         self.clock = Clock(history.seconds, "train")
 
@@ -153,8 +219,8 @@ class _Loop:
     def step(self, params, opt_state, batch, done: int) -> tuple:
         """Dispatches one step and reads the losses that are due."""
         args = self.arguments(params, opt_state, batch, done)
-        params, opt_state, loss = self.program(self.programs.step, batch, args)(*args)
-        self.pending.append(loss)
+        params, opt_state, metrics = self.program(self.programs.step, batch, args)(*args)
+        self.pending.append(metrics)
         self.read(AHEAD)
         return params, opt_state
 
@@ -166,18 +232,20 @@ class _Loop:
     def read(self, leave: int) -> None:
         """Reads all but the last `leave` losses, and stops the run at one that is not finite."""
         while len(self.pending) > leave:
-            loss = float(self.pending.popleft())
+            loss, norm = map(float, self.pending.popleft())
             self.clock.tick()
-            self.stop_unless_finite("training", loss, len(self.history.losses) + 1)
+            number = len(self.history.losses) + 1
+            self.stop_unless_finite("the training loss", loss, number, number - 1)
+            self.stop_unless_finite("the norm of the gradient", norm, number, number - 1)
             self.history.losses.append(loss)
+            self.history.gradient_norms.append(norm)
             self.observe(self.history)
 
-    def stop_unless_finite(self, what: str, loss: float, number: int) -> None:
-        """Raises DivergedError for a loss that is NaN or infinite."""
-        if not math.isfinite(loss):
-            steps = len(self.setup.batches)
-            what_and_where = f"the {what} loss is {loss} at step {number} of {steps}"
-            raise DivergedError(what_and_where, number, self.history)
+    def stop_unless_finite(self, what: str, value: float, number: int, before: int) -> None:
+        """Raises DivergedError for a value that is NaN or infinite."""
+        if not math.isfinite(value):
+            where = f"at step {number} of {len(self.setup.batches)}"
+            raise DivergedError(f"{what} is {value} {where}", number, before, self.history)
 
     def evaluate(self, params, done: int) -> None:
         """Measures the validation split."""
@@ -189,8 +257,9 @@ class _Loop:
                 self.setup.devices.gather,
             )
             scores = evaluate.metrics(logits, labels)
-        self.stop_unless_finite("validation", scores["loss"], done)
+        self.stop_unless_finite("the validation loss", scores["loss"], done, done)
         self.history.evaluations.append({"step": done} | scores)
+        self.observe(self.history)
 
     def logits(self, params, batch) -> jax.Array:
         """Dispatches the evaluation of one batch."""
@@ -205,6 +274,7 @@ class _Loop:
             program = self.program(self.programs.diagnosis, batch, args)
             figures = {name: float(x) for name, x in program(*args).items()}
             self.history.diagnostics.append({"step": done} | figures)
+        self.observe(self.history)
 
     def save(self, checkpoints: Checkpoints, done: int, arrays: tuple) -> None:
         """Saves a checkpoint, unless a loss before it is not finite."""

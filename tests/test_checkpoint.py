@@ -74,12 +74,17 @@ def test_a_checkpoint_cut_short_by_a_kill_is_removed(tmp_path):
 def _save_on_a_full_disk(folder: pathlib.Path, limit: int) -> None:
     saved = Checkpoints(folder)
     saved.save(1, arrays(1), {})
-    with file_size_limit(limit), pytest.raises(OSError, match="checkpoint of step 2") as caught:
+
+    def save_second() -> None:
         saved.save(2, arrays(2), {})
+        saved.wait()
+
+    with file_size_limit(limit), pytest.raises(OSError, match="checkpoint of step 2") as caught:
+        save_second()
     assert str(saved.path) in str(caught.value)
     assert "Make room" in str(caught.value)
     assert [path.name for path in saved.path.iterdir()] == ["1"]
-    saved.save(2, arrays(2), {})  # there is room again
+    save_second()  # there is room again
     got, _ = saved.restore(arrays(0))
     saved.close()
     assert_same(got, arrays(2))

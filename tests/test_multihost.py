@@ -197,7 +197,7 @@ def test_bad_values_are_named_with_what_to_do(tmp_path, capsys, flags, message):
 
 
 def test_one_device_needs_no_mesh():
-    alone = hosts.devices(config.Command())
+    alone = devices.of(config.Command())
     batch = {"tokens": np.zeros((2, 3), np.int32)}
     assert alone.mesh is None
     assert alone.count == 1

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import tokenizers
 from flax import nnx
 
@@ -20,7 +19,7 @@ __all__ = ["MODELS", "BertClassifier", "BertConfig", "BertEncoder", "Model", "T5
 class Model(NamedTuple):
     """How a model is made. `weights` is what the command's flag of that name says."""
 
-    load: Callable[..., nnx.Module]  # (task, weights, *, rngs, dropout, dtype) -> classifier
+    load: Callable[..., nnx.Module]  # (task, weights, *, rngs, dropout, dtype, remat) -> classifier
     tokenizer: Callable[[str | None], tokenizers.Tokenizer]  # (weights) -> tokenizer
     adapted: str  # the paths of the linears that get an adapter
     text_to_text: bool  # it reads prompts and answers in words; otherwise a fresh head trains too
@@ -50,11 +49,9 @@ def _encoder(module: Any) -> Model:
 def _text_to_text(load: Callable[..., t5.T5], tokenizer, weights: str | None = None) -> Model:
     """A T5 that answers with the words of the task's labels."""
 
-    def classifier(
-        task: Task, weights: str | None, *, rngs: nnx.Rngs, dropout=0.0, dtype=jnp.float32
-    ) -> T5Classifier:
+    def classifier(task: Task, weights: str | None, **options) -> T5Classifier:
         answers = answers_of(PROMPTS[task.name].words, tokenizer(weights))
-        return T5Classifier(load(weights, rngs=rngs, dropout=dropout, dtype=dtype), answers)
+        return T5Classifier(load(weights, **options), answers)
 
     return Model(classifier, tokenizer, t5.ADAPTED, text_to_text=True, weights=weights)
 

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from experiments.models.rows import rows_stay
+
 # Added to the scores of padded positions: finite, so that a row that is all padding stays finite.
 _MASKED = -1e9
 
@@ -175,8 +177,10 @@ class BertLayer(nnx.Module):
 class BertEncoder(nnx.Module):
     """Token ids to hidden states: `encoder(tokens, mask, segments=None) -> (B, T, D)`."""
 
-    def __init__(self, config: BertConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
-        self.config = config
+    def __init__(
+        self, config: BertConfig, *, dtype=jnp.float32, remat: bool = False, rngs: nnx.Rngs
+    ):
+        self.config, self.remat = config, remat
         self.embeddings = BertEmbeddings(config, dtype=dtype, rngs=rngs)
         self.layers = nnx.List(
             BertLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_hidden_layers)
@@ -189,8 +193,9 @@ class BertEncoder(nnx.Module):
         embedded_BTD = self.embeddings(tokens_BT, segments_BT)
         bias_BT = jnp.where(mask_BT, 0.0, _MASKED).astype(jnp.float32)
         x_PD = embedded_BTD.reshape(-1, embedded_BTD.shape[-1])
+        call = nnx.remat(BertLayer.__call__) if self.remat else BertLayer.__call__
         for layer in self.layers:
-            x_PD = layer(x_PD, bias_BT[:, None, None, :])
+            x_PD = call(layer, rows_stay(x_PD), bias_BT[:, None, None, :])
         return x_PD.reshape(embedded_BTD.shape)
 
 
@@ -211,9 +216,10 @@ class BertClassifier(nnx.Module):
         *,
         dropout: float = 0.0,
         dtype=jnp.float32,
+        remat: bool = False,
         rngs: nnx.Rngs,
     ):
-        self.encoder = BertEncoder(config, dtype=dtype, rngs=rngs)
+        self.encoder = BertEncoder(config, dtype=dtype, remat=remat, rngs=rngs)
         self.dropout = nnx.Dropout(dropout)
         self.head = _linear(config.hidden_size, num_labels, config, jnp.float32, rngs)
 

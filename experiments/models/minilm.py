@@ -72,6 +72,7 @@ def load(
     rngs: nnx.Rngs,
     dropout: float = 0.0,
     dtype=jnp.float32,
+    remat: bool = False,
     path: str | pathlib.Path | None = None,
 ) -> bert.BertClassifier:
     """The pretrained encoder under a fresh head of `num_labels` classes.
@@ -81,6 +82,7 @@ def load(
         rngs: draws the head.
         dropout: rate on the pooled features.
         dtype: of the activations; the parameters are float32.
+        remat: whether the backward pass computes every layer anew.
         path: a folder with config.json and model.safetensors; by default the installed package's.
 
     Raises:
@@ -88,7 +90,9 @@ def load(
         ValueError: the file is damaged, or a tensor is missing, unexpected or of another shape.
     """
     config = bert.BertConfig.from_json(_file("config.json", path))
-    model = bert.BertClassifier(config, num_labels, dropout=dropout, dtype=dtype, rngs=rngs)
+    model = bert.BertClassifier(
+        config, num_labels, dropout=dropout, dtype=dtype, remat=remat, rngs=rngs
+    )
     file = _file("model.safetensors", path)
     remedy = f"if the file was changed, `{REINSTALL}`"
     tensors = {k: v for k, v in weights.read(file, remedy).items() if k not in IGNORED}

@@ -23,6 +23,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from experiments.models.rows import rows_stay
 from experiments.models.t5_config import ACTIVATIONS, T5Config
 
 ADAPTED = r".*/(q|k|v|o|wi|wi_0|wi_1|wo)"  # every linear but the head
@@ -42,6 +43,7 @@ class _Made(NamedTuple):
     config: T5Config
     dtype: Any
     param_dtype: Any
+    remat: bool
     rngs: nnx.Rngs
 
     def linear(self, d_in: int, d_out: int, std: float) -> nnx.Linear:
@@ -150,7 +152,7 @@ class T5Stack(nnx.Module):
 
     def __init__(self, made: _Made, layers: int, *, decoder: bool):
         c = made.config
-        self.config, self.decoder = c, decoder
+        self.config, self.decoder, self.remat = c, decoder, made.remat
         self.position = made.table(c.relative_attention_num_buckets, c.num_heads, c.d_model**-0.5)
         self.layers = nnx.List(T5Layer(made, cross=decoder) for _ in range(layers))
         self.norm = made.norm()
@@ -166,7 +168,7 @@ class T5Stack(nnx.Module):
         """(hidden states, what the layers read) of embeddings.
 
         `mask` is the encoder's input's, in both stacks. With `past`, x are the positions from
-        `index` on.
+        `index` on. What rematerialised layers read is not kept.
         """
         length = x_BTD.shape[1]
         queries_T = index + jnp.arange(length)
@@ -177,11 +179,13 @@ class T5Stack(nnx.Module):
             bias_BNTS = bias_BNTS + padding_B11S
         x_BTD, reads = _dropped(self.dropout, x_BTD, rngs), []
         for i, layer in enumerate(self.layers):
-            before = None if past is None else past[i]
             read_of = None if memory is None else memory[i]
-            x_BTD, read = layer(
-                x_BTD, bias_BNTS, read_of, padding_B11S, past=before, index=index, rngs=rngs
-            )
+            args = rows_stay(x_BTD), bias_BNTS, read_of, padding_B11S
+            if self.remat and past is None:
+                x_BTD = _rematerialised(layer, *args, rngs)
+                continue
+            before = None if past is None else past[i]
+            x_BTD, read = layer(*args, past=before, index=index, rngs=rngs)
             reads.append(read)
         return _dropped(self.dropout, self.norm(x_BTD), rngs), reads
 
@@ -205,6 +209,7 @@ class T5(nnx.Module):
       tied: whether the head is the embedding; v1.1 has one of its own.
       dtype: of the activations.
       param_dtype: of the weights.
+      remat: whether the backward pass computes every layer anew instead of keeping what is in it.
       rngs: draws the weights, as T5's pre-training did.
     """
 
@@ -215,9 +220,10 @@ class T5(nnx.Module):
         tied: bool = True,
         dtype=jnp.float32,
         param_dtype=jnp.float32,
+        remat: bool = False,
         rngs: nnx.Rngs,
     ):
-        made = _Made(config, dtype, param_dtype, rngs)
+        made = _Made(config, dtype, param_dtype, remat, rngs)
         self.config = config
         self.tied = tied
         self.shared = made.table(config.vocab_size, config.d_model, 1.0)
@@ -283,6 +289,11 @@ def buckets_by_distance(config: T5Config, *, causal: bool) -> np.ndarray:
     logs = np.log(np.maximum(size, 1).astype(np.float32) / np.float32(exact))
     far = exact + (logs / math.log(max_distance / exact) * (buckets - exact)).astype(np.int32)
     return (offset + np.where(size < exact, size, np.minimum(far, buckets - 1))).astype(np.int32)
+
+
+@nnx.remat
+def _rematerialised(layer: T5Layer, x_BTD, bias_BNTS, memory, memory_bias_B11S, rngs) -> jax.Array:
+    return layer(x_BTD, bias_BNTS, memory, memory_bias_B11S, rngs=rngs)[0]
 
 
 def _wide(x: jax.Array) -> jax.Array:

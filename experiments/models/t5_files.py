@@ -84,6 +84,7 @@ def load(
     dropout: float | None = None,
     dtype=jnp.float32,
     param_dtype=jnp.float32,
+    remat: bool = False,
 ) -> T5:
     """The pretrained T5 of a folder, or of a name on the Hugging Face hub ("t5-base").
 
@@ -92,6 +93,7 @@ def load(
         dropout: rate everywhere in the model; None is the config's.
         dtype: of the activations.
         param_dtype: of the weights.
+        remat: whether the backward pass computes every layer anew.
 
     Raises:
         FileNotFoundError: there is no such folder or name, or a file is missing.
@@ -103,9 +105,8 @@ def load(
         config = dataclasses.replace(config, dropout_rate=dropout)
     file, tensors = _tensors(folder)
     tied = _drop_copies(tensors, file)
-    made = nnx.eval_shape(
-        lambda: T5(config, tied=tied, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0))
-    )
+    options = {"tied": tied, "dtype": dtype, "param_dtype": param_dtype, "remat": remat}
+    made = nnx.eval_shape(lambda: T5(config, **options, rngs=nnx.Rngs(0)))
     graph, params, rest = nnx.split(made, nnx.Param, ...)
     remedy = "copy the files of one model anew"
     params = weights.filled(params, tensors, tensor_name, what="a T5", file=file, remedy=remedy)

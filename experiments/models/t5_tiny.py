@@ -3,7 +3,6 @@
 import dataclasses
 import string
 
-import jax.numpy as jnp
 import tokenizers
 from flax import nnx
 from tokenizers import normalizers
@@ -42,8 +41,8 @@ def tokenizer(weights: None = None) -> tokenizers.Tokenizer:
     return made
 
 
-def load(weights: None, *, rngs: nnx.Rngs, dropout: float = 0.0, dtype=jnp.float32) -> t5.T5:
+def load(weights: None, *, rngs: nnx.Rngs, dropout: float = 0.0, **options) -> t5.T5:
     """Two random layers in each stack, 32 wide."""
     del weights
     config = dataclasses.replace(CONFIG, dropout_rate=dropout)
-    return t5.T5(config, dtype=dtype, rngs=rngs)
+    return t5.T5(config, rngs=rngs, **options)

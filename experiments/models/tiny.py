@@ -2,7 +2,6 @@
 
 import string
 
-import jax.numpy as jnp
 import tokenizers
 from flax import nnx
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
@@ -55,8 +54,6 @@ def tokenizer() -> tokenizers.Tokenizer:
     return made
 
 
-def load(
-    num_labels: int, *, rngs: nnx.Rngs, dropout: float = 0.0, dtype=jnp.float32
-) -> bert.BertClassifier:
+def load(num_labels: int, *, rngs: nnx.Rngs, **options) -> bert.BertClassifier:
     """A random two-layer encoder, 32 wide, under a head of `num_labels` classes."""
-    return bert.BertClassifier(CONFIG, num_labels, dropout=dropout, dtype=dtype, rngs=rngs)
+    return bert.BertClassifier(CONFIG, num_labels, rngs=rngs, **options)
