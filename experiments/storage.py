@@ -8,6 +8,7 @@ What a disk and a bucket do differently is here:
 replace    temporary file, fsync, rename           one put: an object is there whole or not at all
 hold       flock, which the system lets go of      an object made only where there is none, then
            when the process ends, however          renewed; one no longer renewed is taken over
+grow       line by line                            put whole again, now and then
 room       asked of the system                     there is always some
 
 A bucket has neither locks nor a compare-and-swap that all stores share. Who finds a holder that has
@@ -29,7 +30,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from etils import epath
 from etils.epath import backend
@@ -41,6 +42,7 @@ LOCK = ".lock"
 LEASE = 60.0  # seconds without a renewal after which a holder counts as dead
 RENEWAL = 10.0  # seconds between renewals: several may fail before the lease is over
 SETTLING = 2.0  # seconds between taking over a lease and looking whether another did too
+GROWTH = 30.0  # seconds between puts of an object that grows
 _PARTIAL = ".partial"
 
 
@@ -89,6 +91,30 @@ def replace(path: Path, data: bytes) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def growing(path: Path) -> Iterator[Callable[[str], None]]:
+    """Yields write(text), which adds to a file made anew; on a disk it is there at once.
+
+    An object does not grow: it is put again, with all that is in it, now and then and at the end.
+    """
+    if not is_bucket(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w", buffering=1) as file:  # a line at a time
+            yield file.write
+        return
+    texts, last = [], time.monotonic()
+
+    def write(text: str) -> None:
+        nonlocal last
+        texts.append(text)
+        if time.monotonic() - last > GROWTH:
+            last = time.monotonic()
+            replace(path, "".join(texts).encode())
+
+    yield write
+    replace(path, "".join(texts).encode())
 
 
 def found(folder: Path, pattern: str) -> list[Path]:

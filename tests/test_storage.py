@@ -72,6 +72,21 @@ def test_what_matches_is_found_in_order(folder):
     assert str(expected[0]).endswith("run/a/result.json")
 
 
+def test_a_file_that_grows_is_whole_at_the_end(folder):
+    storage.replace(folder / "log", b"of an earlier start\n")
+    with storage.growing(folder / "log") as write:
+        for line in ("a\n", "b\n"):
+            write(line)
+    assert (folder / "log").read_text() == "a\nb\n"
+
+
+def test_a_file_that_grows_can_be_read_meanwhile(folder, monkeypatch):
+    monkeypatch.setattr(storage, "GROWTH", 0.0)
+    with storage.growing(folder / "log") as write:
+        write("a\n")
+        assert (folder / "log").read_text() == "a\n"
+
+
 def test_a_tree_is_removed_and_one_that_is_not_there_is_no_error(folder):
     storage.replace(folder / "checkpoints" / "1" / "x", b"x")
     storage.replace(folder / "result.json", b"{}")
