@@ -1,8 +1,7 @@
 """Files on a disk or in a bucket: each whole or absent, found by pattern, a folder held by one.
 
-A path is a `pathlib.Path`, or for "gs://...", "s3://..." and "az://..." an `epath.Path`, which has
-the same methods and which TFDS and Orbax take; it needs the package of its scheme (gcsfs for gs).
-What a disk and a bucket do differently is here:
+A path is a `pathlib.Path`, or for "gs://..." an `epath.Path`, which has the same methods and which
+TFDS and Orbax take; it needs gcsfs. What a disk and a bucket do differently is here:
 
            disk                                    bucket
 replace    temporary file, fsync, rename           one put: an object is there whole or not at all
@@ -11,10 +10,10 @@ hold       flock, which the system lets go of      an object made only where the
 grow       line by line                            put whole again, now and then
 room       asked of the system                     there is always some
 
-A bucket has neither locks nor a compare-and-swap that all stores share. Who finds a holder that has
-stopped renewing writes its own name and looks again: of several that do so the last one stays, and
-what is left is a window between looking and writing. A process that was stopped for longer than a
-lease, and woken, holds nothing and does not know it.
+A bucket has no locks, and fsspec no compare-and-swap. Who finds a holder that has stopped renewing
+writes its own name and looks again: of several that do so the last one stays, and what is left is a
+window between looking and writing. A process that was stopped for longer than a lease, and woken,
+holds nothing and does not know it.
 """
 
 import atexit
@@ -37,7 +36,7 @@ from etils.epath import backend
 
 Path = pathlib.Path | epath.Path
 
-SCHEMES = ("gs", "s3", "az")
+SCHEME = "gs"  # epath has others, whose stores nobody has tried
 LOCK = ".lock"
 LEASE = 60.0  # seconds without a renewal after which a holder counts as dead
 RENEWAL = 10.0  # seconds between renewals: several may fail before the lease is over
@@ -47,16 +46,13 @@ _PARTIAL = ".partial"
 
 
 def at(path: str | os.PathLike) -> Path:
-    """The path that a string names; a ValueError for a scheme that is none of ours."""
+    """The path that a string names; a ValueError for a scheme other than gs."""
     text = os.fspath(path)
     scheme, colon, _ = text.partition("://")
     if not colon:
         return pathlib.Path(text)
-    if scheme not in SCHEMES:
-        raise ValueError(
-            f"{text}: {scheme}:// is not a bucket's scheme; write one of "
-            f"{', '.join(f'{name}://' for name in SCHEMES)}, or the path of a folder"
-        )
+    if scheme != SCHEME:
+        raise ValueError(f"{text} is not {SCHEME}://BUCKET/... and not the path of a folder")
     return epath.Path(text)
 
 
@@ -276,7 +272,7 @@ def _fs(path: epath.Path):
     """The file system through which `path` is reached, the one whose listings it sees."""
     try:
         return backend.fsspec_backend.fs(path)
-    except ImportError as error:  # of the scheme's package; fsspec names it
+    except ImportError as error:  # fsspec names the package
         raise ValueError(f"{path} cannot be reached: {error}") from error
 
 
