@@ -238,10 +238,15 @@ def test_the_step_that_is_compiled_trains(mode):
     assert losses[-1] < losses[0] - 0.05
 
 
-def test_so_does_t5s():
+def test_t5s_step_keeps_what_it_is_given():
+    """Traced only: what it computes is T5's (above) and the decoder's step's."""
     work = pod_work.text_to_text(t5_tiny.CONFIG, jnp.float32, False, 4, 9, 4)
-    losses = trained(work, "lora", answers(4, 9, pod_work.ANSWER), 1e-2)
-    assert losses[-1] < losses[0] - 0.05
+    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tensor"))
+    with jax.set_mesh(mesh):
+        step = pod_step.make(work, "factored", mesh)
+        *kept, loss = jax.eval_shape(step.jitted, *step.args)
+    assert loss.shape == ()
+    assert jax.tree.map(jnp.shape, kept) == jax.tree.map(jnp.shape, [*step.args[:2]])
 
 
 def trained(work, mode, batch, rate):
