@@ -175,12 +175,13 @@ def pod_tables(rows: list[dict], models: Sequence[str] = PODS) -> str:
                 step[key] = row
             if "update" in row:
                 update[key] = row["update"]
-        wanted = [key for key in sorted(step.keys() | update.keys()) if key[1] != "sgd"]
-        if wanted:
+        if step:
             parts += [f"**{model}**, {_sizes(own[-1])}. One whole step, per chip:"]
-            parts += [_pod_steps([(key, step[key]) for key in wanted if key in step])]
-            parts += ["The update alone, per chip, and its share of that step:"]
-            parts += [_pod_updates(step, [(key, update[key]) for key in wanted if key in update])]
+            parts += [_pod_steps(sorted(step.items()))]
+        alone = [item for item in sorted(update.items()) if item[0][1] != "sgd"]
+        if alone:
+            parts += [f"**{model}**, the update alone, per chip, and its share of that step:"]
+            parts += [_pod_updates(step, alone)]
     return "\n\n".join(parts)
 
 
