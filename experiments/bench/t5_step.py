@@ -113,10 +113,11 @@ def variant(run: RunConfig, settings: Settings, parts: Parts) -> Variant:
     programs = Programs(run, STEPS, parts.graph, ONE)
     carry = [params, programs.init(params)]
     rest = parts.frozen, train_step.batch(settings), np.int32(0), varied(run)
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     programs.step.compile(settings.length, (*carry, *rest))
     costs = {
         "compile_s": time.perf_counter() - start,  # tracing included
+        "compile_cpu_s": time.process_time() - busy,  # which a busy machine disturbs less
         "memory_bytes": programs.step.memory_bytes(settings.length),
         "state_bytes": sum(x.nbytes for x in jax.tree.leaves(carry[1]) if x.ndim),
         "trainable_bytes": sum(x.nbytes for x in jax.tree.leaves(params)),
@@ -132,7 +133,6 @@ def variant(run: RunConfig, settings: Settings, parts: Parts) -> Variant:
 
 def alone(run: RunConfig, settings: Settings) -> dict[str, float | None]:
     """The costs of a run's step, in a process that has done nothing else."""
-    jax.config.update("jax_enable_compilation_cache", False)
     made = variant(run, settings, split(run, SHAPES[settings.model]))
     return made.costs | {"peak_bytes": peak_bytes(made.call)}
 
@@ -154,9 +154,10 @@ def peak_bytes(call: Callable[[], None]) -> int | None:
 
 
 def in_a_new_process(function: Callable[..., Any], *args) -> Any:
-    """What the function returns there."""
+    """What the function returns there, with every compilation cold."""
     fresh = multiprocessing.get_context("spawn")  # a fork would inherit the arrays and the threads
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=fresh) as pool:
+    cold = {"initializer": jax.config.update, "initargs": ("jax_enable_compilation_cache", False)}
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=fresh, **cold) as pool:
         return pool.submit(function, *args).result()
 
 
