@@ -156,9 +156,12 @@ def peak_bytes(call: Callable[[], None]) -> int | None:
 def in_a_new_process(function: Callable[..., Any], *args) -> Any:
     """What the function returns there, with every compilation cold."""
     fresh = multiprocessing.get_context("spawn")  # a fork would inherit the arrays and the threads
-    cold = {"initializer": jax.config.update, "initargs": ("jax_enable_compilation_cache", False)}
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=fresh, **cold) as pool:
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=fresh, initializer=_cold) as pool:
         return pool.submit(function, *args).result()
+
+
+def _cold() -> None:
+    jax.config.update("jax_enable_compilation_cache", False)
 
 
 def by_turns(found: dict[RunConfig, dict], settings: Settings) -> list[dict]:
