@@ -1,10 +1,11 @@
 """What a training step of T5-base costs by method: time, memory, optimizer state, compilation.
 
-    python -m experiments.bench.t5_step [--batch 4] [--dtypes bfloat16]
+    python -m experiments.bench.t5_step  # on a GPU
+    python -m experiments.bench.t5_step --batch 4 --rounds 4 --dtypes float32  # on a CPU
 
 The step of experiments.finetune itself (compiled ahead, donated), text to text, on random weights
-of t5-base's shapes, which need no file: full rows of random tokens, CoLA's two answers, r = 8 on
-all 192 linears. The reference is plain LoRA with optax.adamw.
+of t5-base's shapes, which need no file: full rows of random tokens, CoLA's two answers as two
+tokens each, r = 8 on all 192 linears. The reference is plain LoRA with optax.adamw.
 
 First each method runs alone, in a process of its own, where it compiles cold and no other method's
 memory hides its own. `memory_bytes` is the compiler's figure for the step: arguments, outputs and
@@ -39,8 +40,9 @@ from experiments.config import CONFIGS, RunConfig, runs
 from experiments.data.prompts import PROMPTS
 from experiments.hosts import ONE
 from experiments.models import t5_tiny
-from experiments.models.t5 import T5, T5Config
+from experiments.models.t5 import T5
 from experiments.models.t5_classifier import T5Classifier, answers_of
+from experiments.models.t5_config import T5Config
 from experiments.programs import Programs, varied
 from experiments.provenance import provenance
 
