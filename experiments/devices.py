@@ -43,6 +43,12 @@ class Devices:
         """Inside it, what is traced is for these devices."""
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
+    def loading(self) -> contextlib.AbstractContextManager:
+        """Inside it, arrays are made on the host, for no device need hold a model whole."""
+        if self.mesh is None:
+            return contextlib.nullcontext()
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+
     def shardings(self, params: Any) -> Any:
         """How parameters lie: each cut over "fsdp" along its longest axis that allows it.
 

@@ -98,16 +98,17 @@ def lengths(run: RunConfig, tokens: np.ndarray) -> tuple[int, ...]:
 
 def build(run: RunConfig, loaded: Data, devices: Devices = ONE) -> tuple[train.Setup, nnx.State]:
     """The run's setup and initial trainable parameters, all from its configuration."""
-    rngs = nnx.Rngs(run.seed)
-    model = models.get(run.model).load(
-        data.get(run.task),
-        run.weights,
-        rngs=rngs,
-        dropout=run.dropout,
-        dtype=jnp.dtype(run.dtype),
-        remat=run.remat,
-    )
-    graph, params, frozen = methods.split(model, run, rngs)
+    with devices.loading():
+        rngs = nnx.Rngs(run.seed)
+        model = models.get(run.model).load(
+            data.get(run.task),
+            run.weights,
+            rngs=rngs,
+            dropout=run.dropout,
+            dtype=jnp.dtype(run.dtype),
+            remat=run.remat,
+        )
+        graph, params, frozen = methods.split(model, run, rngs)
     buckets = lengths(run, loaded.train.lengths)
     cut = {
         "buckets": buckets,

@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -25,7 +26,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from experiments import config, finetune, hosts
+from experiments import config, devices, finetune, hosts, preemption
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS, RATE = 6, 1e-3
@@ -170,6 +171,22 @@ def test_a_death_ends_the_others_and_a_restart_resumes_exactly(unbroken, tmp_pat
     assert files[0].read_bytes() == files[1].read_bytes()
     for key in ("losses", "evaluations"):
         assert result(tmp_path, LORAPRO)[key] == result(whole, LORAPRO)[key]
+
+
+def test_a_sigterm_to_one_process_ends_all_after_the_same_step(tmp_path, cache):
+    flags = ("--methods", "lorapro-full", "--checkpoint-every", "1", "--epochs", "100")
+    with pair(tmp_path, cache, flags) as processes:
+        deadline = time.monotonic() + LIMIT
+        while newest(tmp_path) < 1:
+            assert all(p.poll() is None for p in processes), "a run ended before it was told to"
+            assert time.monotonic() < deadline, "the moment to tell it never came"
+            time.sleep(0.01)
+        processes[1].send_signal(signal.SIGTERM)
+        found = ended(processes)
+    assert [status for status, _, _ in found] == [preemption.STATUS] * 2, found
+    steps = {re.search(r"stopped after step (\d+) of 600", error)[1] for _, _, error in found}
+    assert steps == {str(newest(tmp_path))}
+    assert not any("ended before the run was complete" in error for _, _, error in found)
 
 
 def test_processes_with_different_options_all_stop(tmp_path, cache):

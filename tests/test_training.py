@@ -223,9 +223,8 @@ import jax
 from experiments import config, devices, finetune, prepare
 devices.SMALLEST = 1
 argv = json.loads(sys.argv[1])
-for fsdp in ("1", "2"):
-    assert finetune.main([*argv, "--fsdp", fsdp, "--out", f"{sys.argv[2]}/{fsdp}"]) == 0
-command = config.read([*argv, "--fsdp", "2"], "")
+assert finetune.main(argv) == 0
+command = config.read(argv, "")
 run = config.runs(command)[-1]
 setup, params = prepare.build(run, prepare.load_data(run, None), devices.of(command))
 params = setup.devices.place(params)
@@ -238,31 +237,32 @@ print(json.dumps({
 """
 
 
-def test_devices_that_share_the_parameters_train_what_one_would(tmp_path):
+def test_devices_that_share_the_parameters_train_what_one_does(tmp_path):
     # As in test_multihost: an epsilon no smaller than the rate, so that rounding stays rounding.
     methods = ("full", "lorapro-full")
-    flags = {"methods": ",".join(methods), "learning_rates": "1e-3", "eps": "1e-3", "devices": 4}
+    flags = {"methods": ",".join(methods), "learning_rates": "1e-3", "eps": "1e-3"}
     flags |= {"train_examples": 32, "checkpoint_every": 0}
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4", "JAX_ENABLE_X64": "0"}
-    argv = [word for word in tiny(tmp_path, **flags) if word not in ("--out", str(tmp_path))]
-    command = [sys.executable, "-c", SHARDED, json.dumps(argv), str(tmp_path)]
+    argv = tiny(tmp_path / "four", **flags, devices=4, fsdp=2)
+    command = [sys.executable, "-c", SHARDED, json.dumps(argv)]
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    held = json.loads(done.stdout.splitlines()[-1])
-    for name, (mine, all_of_it) in held.items():
+    for name, (mine, all_of_it) in json.loads(done.stdout.splitlines()[-1]).items():
         assert mine < 0.6 * all_of_it, name  # biases and norms are whole on each
+    assert finetune.main(tiny(tmp_path / "one", **flags)) == 0
     for method in methods:
-        folders = [tmp_path / n / f"pydoc-tiny-{method}-lr0.001-seed0" for n in "12"]
+        folders = [tmp_path / n / f"pydoc-tiny-{method}-lr0.001-seed0" for n in ("four", "one")]
         results = [json.loads((folder / "result.json").read_text()) for folder in folders]
         for key in ("losses", "evaluations"):
             found, wanted = (jax.tree.leaves(result[key]) for result in results)
             np.testing.assert_allclose(found, wanted, rtol=1e-5, err_msg=f"{method}: {key}")
-        whole, parts = (safetensors.numpy.load_file(f / "final.safetensors") for f in folders)
-        if method == "full":  # LoRA-Pro's factors move along directions that change no product
-            for name, value in whole.items():
-                np.testing.assert_allclose(parts[name], value, rtol=0, atol=2e-6, err_msg=name)
+    # LoRA-Pro's factors move along directions that change no product.
+    folders = [tmp_path / n / "pydoc-tiny-full-lr0.001-seed0" for n in ("four", "one")]
+    parts, whole = (safetensors.numpy.load_file(f / "final.safetensors") for f in folders)
+    for name, value in whole.items():
+        np.testing.assert_allclose(parts[name], value, rtol=0, atol=2e-6, err_msg=name)
 
 
 def test_jaxs_variables_ask_for_a_distributed_run_and_flags_go_first(monkeypatch):

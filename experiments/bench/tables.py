@@ -2,7 +2,8 @@
 
 Reads experiments/results/bench_*.jsonl and pod.jsonl and writes between the README's speed and pod
 markers. Of a benchmark the rows of its latest run count (one run writes all its rows with one
-time), of `experiments.pod` the latest row of each slice, model and mode.
+time), of one with activations of several types the latest run of each, of `experiments.pod` the
+latest row of each slice, model and mode.
 """
 
 import dataclasses
@@ -27,6 +28,11 @@ TITLES = {
     "2.13.0, its two modes as they come; `dense floor` is one pass over full mode's moments.",
     "bench_train_step": "One whole training step of MiniLM by method, 32 x 64 tokens, r = 8 on all "
     "36 linear layers.",
+    "bench_t5_step": "One whole training step of a T5 of t5-base's shapes, random weights, text to "
+    "text, r = 8 on all 192 linear layers (3,244,032 parameters), by method and activations. "
+    "`memory` is the compiler's figure for the step, `peak` what was measured of a process that "
+    "ran nothing else (on a CPU with some 0.5 GB of Python and the compiler); compilation includes "
+    "tracing, and its elapsed time whatever else the machine did.",
     "bench_adapter": "Forward and backward of a MiniLM-shaped encoder, 32 x 64 tokens, r = 8. "
     "`floor` is a backward pass without any weight's gradient, `naive` is `(x @ a) @ b` over "
     "(B, T, D).",
@@ -61,9 +67,10 @@ class Tables:
 
 
 def latest(path: pathlib.Path) -> list[dict]:
-    """The rows of a file's latest run."""
+    """The rows of a file's latest run, or of the latest for each dtype."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [row for row in rows if row["time"] == rows[-1]["time"]]
+    last = {row.get("dtype"): row["time"] for row in rows}
+    return [row for row in rows if row["time"] == last[row.get("dtype")]]
 
 
 def table(rows: list[dict]) -> str:
@@ -118,6 +125,28 @@ def shapes_table(rows: list[dict]) -> str:
     lines = [[v, *(found.get((*key, v), "") for key in keys)] for v in variants]
     heads = ["time ~ x ** exponent", *(f"{of}, {model}" for of, model in keys)]
     return "\n\n".join([made, markdown(heads, lines)])
+
+
+def t5_step_table(rows: list[dict]) -> str:
+    """Times and bytes of `experiments.bench.t5_step`, in units that one can read."""
+    cells = [
+        [
+            row["dtype"],
+            f"{row['config']['batch']} x {row['config']['length']}",
+            row["variant"],
+            *(cell(row[name]) for name in ("median_s", "ratio_to_lora", "examples_per_s")),
+            f"{row['memory_bytes'] / 1e9:.3f}",
+            f"{row['memory_over_lora']:.3f}",
+            cell(row["peak_bytes"] and row["peak_bytes"] / 1e9),
+            *(f"{row[name] / 1e6:.1f}" for name in ("state_bytes", "trainable_bytes")),
+            *(f"{row[name]:.0f}" for name in ("compile_s", "compile_cpu_s")),
+        ]
+        for row in rows
+    ]
+    times = ["median s", "/ lora", "examples/s"]
+    held = ["memory GB", "/ lora", "peak GB", "state MB", "trained MB"]
+    compiled = ["compile s", "compile CPU s"]
+    return markdown(["activations", "batch", "variant", *times, *held, *compiled], cells)
 
 
 def first_steps_table(rows: list[dict]) -> str:
@@ -218,6 +247,7 @@ MADE_BY = {  # others: `table`
     "bench_choices": choices_table,
     "bench_first_steps": first_steps_table,
     "bench_shapes": shapes_table,
+    "bench_t5_step": t5_step_table,
 }
 
 
@@ -227,7 +257,8 @@ def main(command: Tables) -> None:
     for name, title in TITLES.items():
         rows = latest(command.results / f"{name}.jsonl")
         script = f"`python -m experiments.bench.{name.removeprefix('bench_')}`"
-        parts += [f"{title} {where(rows[0])} {script}", MADE_BY.get(name, table)(rows)]
+        birth = " ".join(dict.fromkeys(map(where, rows)))
+        parts += [f"{title} {birth} {script}", MADE_BY.get(name, table)(rows)]
     text = splice(command.readme.read_text(), "\n\n".join(parts), BEGIN, END)
     pod = [json.loads(line) for line in (command.results / "pod.jsonl").read_text().splitlines()]
     text = splice(text, pod_tables(pod), POD_BEGIN, POD_END)
