@@ -11,19 +11,17 @@
 
 The frozen base is not saved: the model's package and the seed give it back. Nor is a random key:
 every step derives its own from (seed, step). `results.jsonl` beside the run folders is made anew
-from their result.json files, so a line can be neither cut nor doubled.
+from their result.json files, so a line can be neither cut nor doubled. All of it may lie in a
+bucket (`experiments.storage`).
 """
 
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import json
 import logging
 import os
-import pathlib
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -32,7 +30,7 @@ import jax
 import orbax.checkpoint as ocp
 import safetensors.numpy
 
-from experiments import hosts
+from experiments import hosts, storage
 from experiments.config import RunConfig
 
 CONFIG, FINAL, RESULT, CHECKPOINTS = (
@@ -41,12 +39,11 @@ CONFIG, FINAL, RESULT, CHECKPOINTS = (
     "result.json",
     "checkpoints",
 )
-_TEMPORARY = ".partial"
 _TRIES = 20  # to remove a folder that is still written to, a tenth of a second apart
 
 
 @contextlib.contextmanager
-def explained(what: str, path: pathlib.Path) -> Iterator[None]:
+def explained(what: str, path: storage.Path) -> Iterator[None]:
     """Turns a failed write into an OSError that says what, where and what to do.
 
     Orbax reports most of them as ValueErrors with the operating system's words at the end.
@@ -58,9 +55,10 @@ def explained(what: str, path: pathlib.Path) -> Iterator[None]:
         if isinstance(error, ValueError) and code is None:
             raise
         number = int(code[1]) if code else (getattr(error, "errno", None) or errno.EIO)
+        why = getattr(error, "strerror", None) or os.strerror(number)
         raise OSError(
             number,
-            f"could not write {what} ({os.strerror(number)}); what was there before is intact. "
+            f"could not write {what} ({why}); what was there before is intact. "
             "Make room, or choose another --out, and give the same command again: it goes on there",
             str(path),
         ) from error
@@ -78,44 +76,27 @@ def _quiet_orbax() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def write_atomic(path: pathlib.Path, data: bytes, what: str) -> None:
+def write_atomic(path: storage.Path, data: bytes, what: str) -> None:
     """Replaces `path` by `data`: a reader, a crash or a full disk never sees a part of it."""
-    temporary = path.with_name(path.name + _TEMPORARY)
     with explained(what, path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
+        storage.replace(path, data)
 
 
-def write_json(path: pathlib.Path, value: Any, what: str) -> None:
+def write_json(path: storage.Path, value: Any, what: str) -> None:
     """Writes one line of JSON atomically; NaN and infinity are refused, JSON has none."""
     write_atomic(path, (json.dumps(value, allow_nan=False) + "\n").encode(), what)
 
 
 @contextlib.contextmanager
-def locked(folder: pathlib.Path, *, wait: bool = False) -> Iterator[None]:
-    """Holds `folder` for this process; the system lets go of it when the process ends, however."""
-    with explained("the lock of the folder", folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "w")  # noqa: SIM115 (closed below)
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            raise ValueError(
-                f"{folder} is in use by another process; wait for it, or choose another --out"
-            ) from error
+def locked(folder: storage.Path, *, wait: bool = False) -> Iterator[None]:
+    """Holds `folder` for this process; a ValueError if another one does, unless `wait`."""
+    with contextlib.ExitStack() as held:
+        with explained("the lock of the folder", folder):
+            held.enter_context(storage.locked(folder, wait=wait))
         yield
 
 
-def claim(folder: pathlib.Path, run: RunConfig) -> None:
+def claim(folder: storage.Path, run: RunConfig) -> None:
     """Makes `folder` the run's; a ValueError if it belongs to another configuration."""
     wanted = dataclasses.asdict(run)
     path = folder / CONFIG
@@ -141,8 +122,8 @@ class Checkpoints:
     Orbax writes them while training goes on: `save` returns when it has its own copy.
     """
 
-    def __init__(self, folder: pathlib.Path, keep: int = 2):
-        self.path = folder.absolute() / CHECKPOINTS
+    def __init__(self, folder: storage.Path, keep: int = 2):
+        self.path = storage.absolute(folder) / CHECKPOINTS
         self._pending: int | None = None  # the step whose checkpoint may still be on its way
         with explained("the folder of the checkpoints", self.path):
             hosts.once(self._remove_unfinished)
@@ -156,9 +137,9 @@ class Checkpoints:
     def _remove_unfinished(self) -> None:
         # After a failed write, other threads of Orbax may still be writing into the folder.
         for _ in range(_TRIES):
-            left = list(self.path.glob("*.orbax-checkpoint-tmp*"))
+            left = storage.found(self.path, "*.orbax-checkpoint-tmp*")
             for folder in left:
-                shutil.rmtree(folder, ignore_errors=True)
+                storage.remove_tree(folder)
             if not left:
                 return
             time.sleep(0.1)
@@ -166,7 +147,7 @@ class Checkpoints:
     def _check_room(self, arrays: Any) -> None:
         """Finds a full disk before Orbax does, whose threads would each print their own error."""
         needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays))
-        if shutil.disk_usage(self.path).free < needed:
+        if storage.free_bytes(self.path) < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
     def save(self, step: int, arrays: Any, progress: dict) -> None:
@@ -224,13 +205,13 @@ class Checkpoints:
             self._manager.close()
 
 
-def read_result(folder: pathlib.Path) -> dict | None:
+def read_result(folder: storage.Path) -> dict | None:
     """The result of a complete run; None if it is not complete."""
     path = folder / RESULT
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def finish(folder: pathlib.Path, parameters: dict[str, Any] | None, result: dict) -> None:
+def finish(folder: storage.Path, parameters: dict[str, Any] | None, result: dict) -> None:
     """Writes the parameters, then the result, then removes the checkpoints, no longer needed.
 
     A run that diverged has no parameters, and keeps its checkpoints.
@@ -240,13 +221,13 @@ def finish(folder: pathlib.Path, parameters: dict[str, Any] | None, result: dict
         write_atomic(folder / FINAL, data, "the trained parameters")
     write_json(folder / RESULT, result, "the run's result")
     if parameters is not None:
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        storage.remove_tree(folder / CHECKPOINTS)
 
 
-def collect(out: pathlib.Path) -> pathlib.Path:
+def collect(out: storage.Path) -> storage.Path:
     """Makes <out>/results.jsonl anew: one line per complete run, in the order of their folders."""
     path = out / "results.jsonl"
     with locked(out, wait=True):  # another command may share --out
-        lines = [found.read_text() for found in sorted(out.glob(f"*/{RESULT}"))]
+        lines = [found.read_text() for found in storage.found(out, f"*/{RESULT}")]
         write_atomic(path, "".join(lines).encode(), "the results")
     return path

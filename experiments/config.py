@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from experiments import checks
+from experiments import checks, storage
 
 # The paper trains one epoch of 3,668 to 392,702 examples. `pydoc` has a few thousand, and one
 # command with four methods is to end within six minutes on two CPU cores.
@@ -55,6 +55,16 @@ def _list_of(kind: type, metavar: str) -> tyro.constructors.PrimitiveConstructor
         is_instance=lambda value: value is None or isinstance(value, tuple),
         str_from_instance=lambda value: [",".join(map(str, value)) if value else str(value)],
     )
+
+
+# pathlib would read gs://bucket as gs:/bucket.
+_PATH = tyro.constructors.PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="PATH",
+    instance_from_str=lambda args: storage.at(args[0]),
+    is_instance=lambda value: isinstance(value, pathlib.PurePath),
+    str_from_instance=lambda value: [str(value)],
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,9 +167,9 @@ class Command(Training):
     seeds: Annotated[tuple[int, ...], _list_of(int, "N,N,...")] = (0,)
     """Each decides a run's head, adapters, order of the data and dropout."""
     data_dir: str | None = None
-    """Where the prepared GLUE tasks are; pydoc needs none."""
-    out: pathlib.Path = pathlib.Path("runs/finetune")
-    """Folder of the run folders, results.jsonl and the plots."""
+    """Where the prepared GLUE tasks are, a folder or gs://...; pydoc needs none."""
+    out: Annotated[storage.Path, _PATH] = pathlib.Path("runs/finetune")
+    """Folder of the run folders, results.jsonl and the plots; or gs://..., which needs gcsfs."""
     checkpoint_every: int = 100
     """Steps between checkpoints, written while training goes on; 0: none before the end."""
     keep: int = 2
@@ -282,6 +292,11 @@ def _check_command(command: Command) -> None:
         raise ValueError(
             f"--profile-steps {','.join(map(str, command.profile_steps or ()))} is not FIRST,LAST "
             "with 1 <= FIRST <= LAST, such as 10,20"
+        )
+    if storage.is_bucket(command.out) and (command.tensorboard or command.profile_steps):
+        raise ValueError(
+            f"--tensorboard and --profile-steps write to a disk, not to {command.out}; leave them "
+            "out (metrics.jsonl has the same figures), or name a folder"
         )
     given = (command.coordinator, command.num_processes, command.process_id)
     if not command.distributed and given != (None, None, None):

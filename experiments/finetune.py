@@ -12,7 +12,6 @@ with --distributed and either a cluster that jax.distributed knows, or its own i
 
 import contextlib
 import dataclasses
-import pathlib
 import resource
 import sys
 from collections.abc import Callable, Iterator
@@ -38,6 +37,7 @@ from experiments import (
     report,
     runlog,
     sensitivity,
+    storage,
     train,
 )
 from experiments.config import Command, RunConfig
@@ -105,7 +105,7 @@ def compare(session: Session) -> int:
     return sum("diverged" in result for result in results)
 
 
-def divergence(result: dict[str, Any], folder: pathlib.Path) -> str:
+def divergence(result: dict[str, Any], folder: storage.Path) -> str:
     """What happened to a run that diverged, where to look, and what to do."""
     return (
         f"error: {folder.name} diverged: {result['reason']}; try lower --learning-rates, a longer "
@@ -148,7 +148,7 @@ def run_or_read(run: RunConfig, session: Session, title: str) -> dict[str, Any]:
         return train_run(run, session, folder, title)
 
 
-def train_run(run: RunConfig, session: Session, folder: pathlib.Path, title: str) -> dict[str, Any]:
+def train_run(run: RunConfig, session: Session, folder: storage.Path, title: str) -> dict[str, Any]:
     """Trains one run and leaves its folder complete, also if it diverges."""
     command, shared_by = session.command, session.devices
     loaded = prepare.load_data(run, command.data_dir)
@@ -198,7 +198,7 @@ def rhythm(command: Command) -> train.Rhythm:
 
 @contextlib.contextmanager
 def observed(
-    run: RunConfig, session: Session, setup: train.Setup, folder: pathlib.Path, title: str
+    run: RunConfig, session: Session, setup: train.Setup, folder: storage.Path, title: str
 ) -> Iterator[Callable[[train.History], None]]:
     """Yields what shows and logs a history; of several processes, the first does."""
     steps, observers = len(setup.batches), []

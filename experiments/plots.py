@@ -5,7 +5,7 @@ say the same a second time.
 """
 
 import functools
-import pathlib
+import io
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from experiments import sensitivity
+from experiments import sensitivity, storage
 from experiments.summary import Row, best_rows
 
 
@@ -43,7 +43,7 @@ _OTHER = Style("#CC79A7", ":", "++", "P")
 SMOOTHED_OVER = 10  # a point of a curve is the mean of this share of it: 1/10
 
 
-def draw(rows: Sequence[Row], folder: pathlib.Path, prefix: str = "") -> dict[str, pathlib.Path]:
+def draw(rows: Sequence[Row], folder: storage.Path, prefix: str = "") -> dict[str, storage.Path]:
     """Writes <prefix>loss.png, and metric.png, rates.png and rates-loss.png or all, into `folder`.
 
     Rows of a sweep over learning rates go into the rates, the others into metric.png. Each has one
@@ -74,7 +74,7 @@ def draw(rows: Sequence[Row], folder: pathlib.Path, prefix: str = "") -> dict[st
     return made
 
 
-def _figure(rows: Sequence[Row], panel, path: pathlib.Path) -> pathlib.Path:
+def _figure(rows: Sequence[Row], panel, path: storage.Path) -> storage.Path:
     panels: dict[tuple, list[Row]] = {}
     for row in rows:
         panels.setdefault((row.task, row.settings), []).append(row)
@@ -98,11 +98,10 @@ def _figure(rows: Sequence[Row], panel, path: pathlib.Path) -> pathlib.Path:
         ncols=min(len(handles), 3 * len(axes[0])),
         frameon=False,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=150, format="png", metadata={"Software": None})
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=150, format="png", metadata={"Software": None})
     plt.close(figure)
-    temporary.replace(path)
+    storage.replace(path, drawn.getvalue())
     return path
 
 

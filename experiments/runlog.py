@@ -10,7 +10,6 @@ since what an earlier process measured after its last checkpoint is measured aga
 
 import contextlib
 import json
-import pathlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import tensorboardX
 
+from experiments import storage
 from experiments.checkpoint import explained
 from experiments.train import History
 
@@ -26,7 +26,7 @@ METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 
 @contextlib.contextmanager
 def opened(
-    folder: pathlib.Path, rates: np.ndarray, *, tensorboard: bool
+    folder: storage.Path, rates: np.ndarray, *, tensorboard: bool
 ) -> Iterator[Callable[[History], None]]:
     """Yields what is to be called with the history whenever there is news in it.
 
@@ -41,22 +41,21 @@ def opened(
     path, written = folder / METRICS, dict.fromkeys(("train", "validation", "diagnosis"), 0)
     with contextlib.ExitStack() as held:
         with explained("the run's log", path):
-            file = held.enter_context(open(path, "w"))
+            write = held.enter_context(storage.growing(path))
             writer = held.enter_context(_events(folder / TENSORBOARD)) if tensorboard else None
 
         def observe(history: History) -> None:
             with explained("the run's log", path):
                 for kind, line in _news(history, rates, written):
-                    file.write(json.dumps({"kind": kind} | line) + "\n")
+                    write(json.dumps({"kind": kind} | line) + "\n")
                     if writer is not None:
                         _add(writer, kind, **line)
-                file.flush()
 
         yield observe
 
 
 @contextlib.contextmanager
-def _events(folder: pathlib.Path) -> Iterator[tensorboardX.SummaryWriter]:
+def _events(folder: storage.Path) -> Iterator[tensorboardX.SummaryWriter]:
     shutil.rmtree(folder, ignore_errors=True)
     writer = tensorboardX.SummaryWriter(str(folder))
     try:
