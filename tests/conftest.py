@@ -24,6 +24,18 @@ for _name, _value in {
 install_import_hook("lorapro_jax", "beartype.beartype")
 
 
+# Those that take longest, first: no worker ends alone with one of them.
+FIRST = (
+    "test_multihost", "test_finetune", "test_transform", "test_contract", "test_programs",
+    "test_solvers", "test_trainers", "test_t5", "test_presets", "test_choices", "test_readme",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
 def pytest_unconfigure():
     _cache.cleanup()
 
