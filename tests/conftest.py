@@ -1,6 +1,7 @@
 """Float64 by default, strict rank promotion, jaxtyping's shapes checked at run time."""
 
 import os
+import tempfile
 
 import jax
 import pytest
@@ -9,7 +10,34 @@ from jaxtyping import install_import_hook
 jax.config.update("jax_enable_x64", os.environ.get("LORAPRO_TEST_X64", "1") != "0")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# A program that takes long to compile and comes again, in this process or in one that a test
+# starts, is compiled once. Every worker has a cache of its own: an entry is not written at once.
+_cache = tempfile.TemporaryDirectory(prefix="lorapro-tests-", ignore_cleanup_errors=True)
+for _name, _value in {
+    "jax_compilation_cache_dir": _cache.name,
+    "jax_persistent_cache_min_compile_time_secs": 0.2,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}.items():
+    jax.config.update(_name, _value)
+    os.environ[_name.upper()] = str(_value)
+
 install_import_hook("lorapro_jax", "beartype.beartype")
+
+
+# Those that take longest, first: no worker ends alone with one of them.
+FIRST = (
+    "test_multihost", "test_finetune", "test_transform", "test_contract", "test_programs",
+    "test_solvers", "test_trainers", "test_t5", "test_presets", "test_choices", "test_readme",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
+def pytest_unconfigure():
+    _cache.cleanup()
 
 
 @pytest.fixture

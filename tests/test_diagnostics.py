@@ -14,6 +14,11 @@ def cosine(x, y):
     return np.sum(x * y) / (np.linalg.norm(x) * np.linalg.norm(y))
 
 
+@jax.jit
+def diagnose(params, grads, updates=None):
+    return lp.diagnose(params, grads, trees.SCALE, updates=updates)
+
+
 def test_every_figure_against_dense_arrays(x64):
     params, grads, dense = trees.make()
     found = jax.jit(lambda p, g: lp.diagnose(p, g, trees.SCALE, damping=1e-2))(params, grads)
@@ -43,7 +48,7 @@ def test_every_figure_against_dense_arrays(x64):
 def test_an_optimizers_own_update_is_judged_as_a_descent_direction(x64):
     params, grads, dense = trees.make()
     sgd = jax.tree.map(lambda g: -0.1 * g, grads)
-    found = lp.diagnose(params, grads, trees.SCALE, updates=sgd)
+    found = diagnose(params, grads, sgd)
     for name in dense:
         np.testing.assert_allclose(found[name].cosine, found[name].lora_cosine, rtol=1e-12)
         norm = 0.1 * np.linalg.norm(grads[name]["lora_a"])
@@ -56,7 +61,7 @@ def test_a_zero_b_reports_an_infinite_condition_and_no_nan():
     for node, g in zip(params.values(), grads.values(), strict=True):
         node["lora_b"] = jnp.zeros_like(node["lora_b"])
         g["lora_a"] = jnp.zeros_like(g["lora_a"])
-    found = lp.diagnose(params, grads, trees.SCALE)
+    found = diagnose(params, grads)
     for figures in found.values():
         assert np.isinf(figures.condition_b)
         for field, value in figures._asdict().items():
@@ -69,8 +74,8 @@ def test_batched_pairs_report_one_figure_a_layer(x64):
         {"q": jax.tree.map(lambda *x: jnp.stack(x), *tree.values())} for tree in (params, grads)
     )
     layout = lp.layouts.FLAX.declare({"q": lp.LoRADimensionNumbers(a_batch=(0,), b_batch=(0,))})
-    stacked = lp.diagnose(stacked_p, stacked_g, trees.SCALE, layout=layout)["q"]
-    single = lp.diagnose(params, grads, trees.SCALE)
+    stacked = jax.jit(lambda p, g: lp.diagnose(p, g, trees.SCALE, layout=layout))
+    stacked, single = stacked(stacked_p, stacked_g)["q"], diagnose(params, grads)
     for i, name in enumerate(dense):
         for ours, theirs in zip(stacked, single[name], strict=True):
             assert ours.shape == (4,)

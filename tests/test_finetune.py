@@ -127,7 +127,12 @@ def test_the_folder_of_another_configuration_is_refused(all_methods, capsys):
 @contextlib.contextmanager
 def _started(out, method) -> Iterator[subprocess.Popen]:
     flags = tiny(out, methods=method, train_examples=160, checkpoint_every=1)
-    environment = os.environ | {"JAX_ENABLE_X64": "0", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {
+        "JAX_ENABLE_X64": "0",
+        "JAX_PLATFORMS": "cpu",
+        # Of this folder alone: two folders that agree have compiled their programs each.
+        "JAX_COMPILATION_CACHE_DIR": str(out.with_name(f"{out.name}-programs")),
+    }
     command = [sys.executable, "-m", "experiments.finetune", *flags]
     with (
         tempfile.TemporaryFile("w+") as log,

@@ -152,7 +152,8 @@ def test_declared_axes_give_each_batch_its_own_dense_solution(x64, case):
     shaped = [x.shape for x in read(pair, leaves)]
     write(pair, *(jnp.stack([x[j] for x in h]).reshape(shaped[j]) for j in (0, 1)), grads)
     tx = lp.lorapro(2.0, layout=layout)
-    updates, _ = tx.update(jax.tree.unflatten(jax.tree.structure(tree), grads), tx.init(tree), tree)
+    grads = jax.tree.unflatten(jax.tree.structure(tree), grads)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(tree), tree)
     assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, tree)
     da, db = (np.asarray(x).reshape(batch, -1) for x in read(pair, jax.tree.leaves(updates)))
     for i in range(batch):

@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import functools
 import os
 import pathlib
 import subprocess
@@ -12,6 +11,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from test_finetune import run_config, tiny
 
 from experiments import finetune, methods, prepare, programs
@@ -100,21 +100,24 @@ def test_programs_of_methods_long_finished_are_let_go():
 def test_a_traced_rate_gives_the_steps_of_a_constant_one(method):
     run = run_config(method=method, learning_rate=3e-3, head_learning_rate=1e-2, warmup_ratio=0.4)
     _, params = prepare.build(run, prepare.load_data(run, None))
+    # one linear and the head, which have a rate each
+    linear = params["encoder"]["layers"][0]["attention"]["query"]
+    params = nnx.to_pure_dict(nnx.State({"query": linear, "head": params["head"]}))
     rng = np.random.default_rng(0)
     grads = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), params)
 
-    def update(state, peaks):
+    @jax.jit
+    def update(grads, state, params, peaks=None):
         return methods.optimizer(run, 5, peaks).update(grads, state, params)
 
-    def last_of_three(step) -> dict:
+    def last_of_three(**given) -> dict:
         state = methods.optimizer(run, 5).init(params)
         for _ in range(3):
-            updates, state = step(state)
+            updates, state = update(grads, state, params, **given)
         return updates
 
-    constant = last_of_three(jax.jit(lambda state: update(state, None)))
-    peaks = Peaks(np.float32(3e-3), np.float32(1e-2))
-    traced = last_of_three(functools.partial(jax.jit(update), peaks=peaks))
+    constant = last_of_three()
+    traced = last_of_three(peaks=Peaks(np.float32(3e-3), np.float32(1e-2)))
     assert jax.tree.structure(constant) == jax.tree.structure(traced)
     for x, y in zip(jax.tree.leaves(constant), jax.tree.leaves(traced), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-12)

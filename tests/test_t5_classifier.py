@@ -29,6 +29,11 @@ def model():
     return t5.T5(CONFIG, rngs=nnx.Rngs(0))
 
 
+@nnx.jit
+def call(model, *batch):
+    return model(*batch)
+
+
 def inputs():
     rng = np.random.default_rng(0)
     mask = np.arange(9)[None] < np.array([9, 4, 6])[:, None]
@@ -39,7 +44,7 @@ def next_logits(model, prefix):
     """Of the token after `prefix`, by a whole forward pass, float64 numpy."""
     tokens, mask = inputs()
     decoder = jnp.tile(jnp.asarray([[CONFIG.decoder_start_token_id, *prefix]]), (len(tokens), 1))
-    return np.asarray(model(tokens, mask, decoder)[:, -1], np.float64)
+    return np.asarray(call(model, tokens, mask, decoder)[:, -1], np.float64)
 
 
 @pytest.mark.parametrize("answers", ANSWERS.values(), ids=ANSWERS)
@@ -51,7 +56,7 @@ def test_a_likelihood_is_the_product_of_the_choices_on_the_way(model, answers):
             if len(rivals) > 1:
                 logits = next_logits(model, answer[:t])
                 expected[:, c] += logits[:, token] - np.log(np.exp(logits[:, rivals]).sum(axis=1))
-    found = nnx.jit(lambda m, *batch: m(*batch))(T5Classifier(model, answers), *inputs())
+    found = call(T5Classifier(model, answers), *inputs())
     np.testing.assert_allclose(found, expected, atol=1e-5)
     np.testing.assert_allclose(np.exp(found).sum(axis=1), 1, atol=1e-5)
 
@@ -60,14 +65,15 @@ def test_words_that_differ_at_once_are_judged_by_their_first_tokens(model):
     """The paper's evaluation."""
     answers = [(5, 6, 1), (7, 1), (9, 9, 1)]
     first = next_logits(model, ())[:, [5, 7, 9]]
-    found = T5Classifier(model, answers)(*inputs())
+    found = call(T5Classifier(model, answers), *inputs())
     np.testing.assert_array_equal(np.argmax(found, axis=1), np.argmax(first, axis=1))
 
 
 @pytest.mark.parametrize("answers", ANSWERS.values(), ids=ANSWERS)
 def test_the_loss_is_that_of_the_answers_text(model, answers):
     labels = [1, 0, 1]
-    losses, weights = T5Classifier(model, answers).losses(*inputs(), None, jnp.asarray(labels))
+    losses_of = nnx.jit(lambda model, labels: model.losses(*inputs(), None, labels))
+    losses, weights = losses_of(T5Classifier(model, answers), jnp.asarray(labels))
     for row, label in enumerate(labels):
         answer = answers[label]
         for t, token in enumerate(answer):

@@ -1,5 +1,7 @@
 """How a step is taken: the weight moves as was asked, within the bound, and the loss falls."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,13 +30,23 @@ def direction(mode, a, b, G):
     return oracle.Factored(G.shape)(a, b, G)
 
 
+@functools.cache
+def compiled(mode, **kwargs):
+    """The factors after one step, for any rate."""
+
+    @jax.jit
+    def step(params, grads, rate):
+        tx = lp.lorapro_adamw(lambda _: rate, SCALE, mode=mode, damping=0.0, **kwargs)
+        updates, _ = tx.update(grads, tx.init(params), params)
+        return optax.apply_updates(params, updates)
+
+    return step
+
+
 def stepped(mode, a, b, G, rate, **kwargs):
     """The factors after one step."""
-    tx = lp.lorapro_adamw(rate, SCALE, mode=mode, damping=0.0, **kwargs)
-    params = node(a, b)
-    h_a, h_b = oracle.factor_gradients(a, b, G, SCALE)
-    updates, _ = jax.jit(tx.update)(node(h_a, h_b), tx.init(params), params)
-    return optax.apply_updates(params, updates)
+    grads = node(*oracle.factor_gradients(a, b, G, SCALE))
+    return compiled(mode, **kwargs)(node(a, b), grads, rate)
 
 
 def one_step(mode, a, b, G, rate, **kwargs):
