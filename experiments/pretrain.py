@@ -110,15 +110,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def check(command: Command) -> None:
     """Raises ValueError for the first number that is out of its range."""
-    for field in dataclasses.fields(command):
-        value, flag = getattr(command, field.name), f"--{field.name.replace('_', '-')}"
-        if not isinstance(value, int | float):
-            continue
-        if field.name == "seed" and value >= 0:
-            continue
-        if not 0 < value < math.inf:
+    for name, value in vars(command).items():
+        flag = f"--{name.replace('_', '-')}"
+        if name in ("seed", "steps"):
+            if value is not None and value < 0:
+                raise ValueError(f"{flag} must be at least 0, not {value}")
+        elif isinstance(value, int | float) and not 0 < value < math.inf:
             raise ValueError(f"{flag} must be a finite number above 0, not {value}")
-        if field.name in ("b1", "b2") and value >= 1:
+        if name in ("b1", "b2") and value >= 1:
             raise ValueError(f"{flag} must be less than 1, not {value}")
 
 
@@ -239,7 +238,7 @@ def summary(command: Command, facts: dict[str, Any], history: History) -> dict[s
         "steps": steps,
         "tokens": tokens,
         "seconds": history.seconds,
-        "tokens_per_second": tokens / history.seconds,
+        "tokens_per_second": tokens / history.seconds if steps else 0.0,
         "evaluations": history.evaluations,
         "log": history.log,
         "provenance": provenance(),

@@ -50,7 +50,7 @@ class Training:
     minutes: float = 50.0
     """Time for the steps, compilation and evaluations included; it decides how many they are."""
     steps: int | None = None
-    """So many instead, whatever the time."""
+    """So many instead, whatever the time; 0: the random model, to compare with."""
 
 
 @dataclasses.dataclass
@@ -184,6 +184,8 @@ def pretrain(
             history.data = iterator.get_state()
             checkpoints.save(done, (params, opt_state), dataclasses.asdict(history))
             saved(history)
+    if not history.evaluations:  # no step at all
+        loop.evaluate(params)
     return params, history
 
 

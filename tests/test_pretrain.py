@@ -12,10 +12,12 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments import checkpoint, pretrain, pretrain_loop
+from experiments import checkpoint, pretrain, pretrain_loop, small_t5
+from experiments.config import RunConfig
 from experiments.data import corpus, glue, pydoc, spans
 from experiments.data.prompts import PROMPTS
 from experiments.models import t5_classifier, t5_files, t5_vocabulary
+from experiments.models.t5 import T5
 
 TFDS = pathlib.Path(__file__).parents[2] / "shared" / "tfds"
 END, SENTINEL, COUNT = 1, 999, 100
@@ -289,3 +291,63 @@ def test_the_rate_rises_falls_and_ends_near_zero():
     # Before the last fifth, the last step makes no difference.
     assert pretrain_loop.rate(training, 400, 500) == 0.5
     assert pretrain_loop.rate(training, 500, 500) == pytest.approx(0.01 * np.sqrt(0.2))
+
+
+def fine_tuned(weights, rate, seed, accuracy):
+    run = RunConfig(
+        task="cola", model="t5", weights=weights, method="lora", learning_rate=rate, seed=seed,
+        epochs=1,
+    )  # fmt: skip
+    return {
+        "kind": "finetune",
+        "config": dataclasses.asdict(run),
+        "metric": "matthews",
+        "final": {"accuracy": accuracy, "f1": 0.5, "matthews": accuracy - 0.7, "loss": 0.6},
+        "train_examples": 640,
+        "train_examples_available": 8551,
+        "eval_examples": 200,
+        "steps": 20,
+        "examples_per_second": 10.0,
+        "wall_seconds": 64.0,
+    }
+
+
+def test_the_report_says_what_the_model_is(unbroken, tmp_path):
+    assert small_t5.section(tmp_path) is None
+    folder = tmp_path / small_t5.FOLDER
+    folder.mkdir()
+    shutil.copy(unbroken / pretrain.RUN / checkpoint.RESULT, folder / small_t5.PRETRAINING)
+    runs = [fine_tuned("runs/t5-small-local", 1e-3, seed, 0.7 + seed / 10) for seed in (0, 1)]
+    runs += [
+        fine_tuned("runs/t5-small-local", 3e-3, 0, 0.71),
+        fine_tuned("runs/t5-small-random", 1e-3, 0, 0.69),
+    ]
+    (folder / "finetune.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
+    text = small_t5.section(tmp_path)
+    result = result_of(unbroken)
+    assert "no T5-base" in text
+    assert f"Held-out loss {result['final']['loss']:.3f} nats" in text
+    assert "8 steps, 1,024 tokens" in text
+    assert (
+        "`python -m experiments.pretrain --data-dir ../shared/tfds --batch-size 4 "
+        "--warmup-steps 2 --minutes 50.0 --steps 8 --vocabulary 600" in text
+    )
+    lines = [line for line in text.splitlines() if line.startswith("| cola")]
+    assert [line.split(" | ")[1:5] for line in lines] == [
+        ["t5-small-local", "lora", "0.001", "2"],
+        ["t5-small-local", "lora", "0.003", "1"],
+        ["t5-small-random", "lora", "0.001", "1"],
+    ]
+    assert "**0.050 ± 0.071**" in lines[0]
+    assert "640 of 8,551 training examples, 20 steps of 32, validated on 200" in text
+
+
+def test_no_step_at_all_saves_the_random_model(tmp_path):
+    flags = [*TINY, "--steps", "0", "--out", str(tmp_path)]
+    assert pretrain.main(flags) == 0
+    command = pretrain.Command(**vars(pretrain.Settings(width=16, mlp_width=32, heads=1)))
+    sizes = dataclasses.replace(command, encoder_layers=1, decoder_layers=1)
+    saved = t5_files.load(tmp_path)
+    random = T5(pretrain.config_of(sizes, saved.config.vocab_size), rngs=nnx.Rngs(0))
+    jax.tree.map(np.testing.assert_array_equal, *(nnx.state(m, nnx.Param) for m in (saved, random)))
+    assert result_of(tmp_path)["evaluations"][0]["step"] == 0
