@@ -106,8 +106,12 @@ def _logits(graph: nnx.GraphDef, params: nnx.State, batch) -> jax.Array:
     return model(inputs_BS, jnp.ones(inputs_BS.shape, bool), model.shifted(targets_BT))
 
 
+@functools.lru_cache(maxsize=1)
 def step_of(training: Training, graph: nnx.GraphDef) -> Callable:
-    """step(params, opt_state, batch, rate) -> (params, opt_state, loss)."""
+    """step(params, opt_state, batch, rate) -> (params, opt_state, loss).
+
+    Kept, and so compiled once, for a process that goes on with its run.
+    """
     tx = optimizer(training)
 
     def loss_fn(params, batch):
@@ -125,6 +129,7 @@ def step_of(training: Training, graph: nnx.GraphDef) -> Callable:
     return step
 
 
+@functools.lru_cache(maxsize=1)
 def evaluation_of(graph: nnx.GraphDef, spans: Spans) -> Callable:
     """evaluation(params, batch) -> sums over the targets: of losses, and of hidden words alone."""
 

@@ -1,6 +1,7 @@
 """Pretraining a T5: spans that restore the row, text that nothing validates, runs that go on."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import shutil
@@ -23,6 +24,13 @@ TFDS = pathlib.Path(__file__).parents[2] / "shared" / "tfds"
 END, SENTINEL, COUNT = 1, 999, 100
 
 needs_tfds = pytest.mark.skipif(not TFDS.is_dir(), reason=f"no prepared GLUE in {TFDS}")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _corpora_are_made_once():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "load", functools.cache(corpus.load))
+        yield
 
 
 def spans_of(length: int, **how) -> spans.Spans:
@@ -133,7 +141,7 @@ def test_text_that_does_not_fill_a_batch_is_an_error():
 @needs_tfds
 def test_no_text_of_a_validation_split_is_in_the_corpus(monkeypatch):
     monkeypatch.setattr(corpus, "GLUE", ("cola", "mrpc"))  # sst2 takes long and repeats nothing
-    found = corpus.load(TFDS)
+    found = corpus.load.__wrapped__(TFDS)
     text = "\n".join(map(corpus.plain, [*found.train, *found.held_out]))
     lines = set(text.split("\n"))
     for task in glue.TASKS:
@@ -165,7 +173,7 @@ def test_what_is_held_out_shares_no_five_words_with_the_rest():
         words = corpus.plain(text).split()
         for i in range(len(words) - 4):
             assert f" {' '.join(words[i : i + 5])} " not in rest
-    assert corpus.load(None).digest == found.digest
+    assert corpus.load.__wrapped__(None).digest == found.digest
 
 
 FLAGS = (
