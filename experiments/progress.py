@@ -38,6 +38,31 @@ def shown(
         yield observe
 
 
+@contextlib.contextmanager
+def by_share(console: rich.console.Console, title: str) -> Iterator[Callable[[float, str], None]]:
+    """The same of a run whose steps are not counted before: yields show(share done, text)."""
+    if console.is_terminal:
+        columns = (
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(),
+            rich.progress.TextColumn("{task.fields[text]}, left"),
+            rich.progress.TimeRemainingColumn(),
+        )
+        with rich.progress.Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task(title, total=1.0, text="-")
+            yield lambda share, text: bar.update(task, completed=share, text=text)
+        return
+    shown = 0
+
+    def show(share: float, text: str) -> None:
+        nonlocal shown
+        if int(10 * share) > shown:
+            shown = int(10 * share)
+            console.print(f"{title}: {share:.0%}, {text}", highlight=False, soft_wrap=True)
+
+    yield show
+
+
 def _lines(console, title: str, steps: int, batch_size: int) -> Callable[[train.History], None]:
     every, shown = max(steps // 10, 1), -1
 

@@ -2,8 +2,8 @@
 
 Reads experiments/results/*.jsonl, one line per run; groups the runs that differ in their seed only;
 gives mean ± sample standard deviation over n seeds, and the best rate of every method in bold. A
-sweep over learning rates has tables of its own; where there are many rows, instead of its rows. The
-paper's table comes last, with our runs of its set-up beside it.
+sweep over learning rates has tables of its own; where there are many rows, instead of its rows. A
+section on a T5 pretrained here follows, and last the paper's table with our runs of its set-up.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import rich.box
 import rich.table
 import tyro
 
-from experiments import paper, plots, sensitivity
+from experiments import paper, plots, sensitivity, small_t5
 from experiments.checkpoint import write_atomic
 from experiments.summary import SCORES, Row, best_rows, read, summarise
 
@@ -209,7 +209,9 @@ def write(command: Report) -> list[pathlib.Path]:
         f"![{alt}]({image.resolve().relative_to(command.readme.resolve().parent).as_posix()})"
         for alt, image in images.items()
     ]
-    section = "\n\n".join([*text_of(rows), *links, paper.section(rows)])
+    small = small_t5.section(command.results)
+    parts = [*text_of(rows), *links, *([small] if small else []), paper.section(rows)]
+    section = "\n\n".join(parts)
     write_atomic(command.readme, splice(text, section).encode(), "the report")
     return [command.readme, *images.values()]
 
