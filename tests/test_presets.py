@@ -44,14 +44,14 @@ def check(params, deltas, layout, scale, expected_pairs):
     paths, leaves, treedef = flatten(params)
     pairs = find_pairs(paths, leaves, layout, require_pairs=True)
     assert [pair.path for pair in pairs] == sorted(expected_pairs)
-    truth = deltas(params)
+    truth = jax.jit(deltas)(params)
     rng = np.random.default_rng(5)
     G = {name: rng.normal(size=delta.shape) for name, delta in truth.items()}
 
     def loss(params):
         return sum(jnp.vdot(G[name], delta) for name, delta in deltas(params).items())
 
-    grads = jax.grad(loss)(params)
+    grads = jax.jit(jax.grad(loss))(params)
     tx = lp.lorapro(scale, layout=layout)
     updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
     in_pairs = {paths[i] for pair in pairs for i in (pair.a, pair.b)}
