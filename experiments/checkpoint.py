@@ -124,15 +124,18 @@ class Checkpoints:
 
     def __init__(self, folder: storage.Path, keep: int = 2):
         self.path = storage.absolute(folder) / CHECKPOINTS
+        self.keep = keep
         self._pending: int | None = None  # the step whose checkpoint may still be on its way
+        self._failed = False  # to write: the manager would raise the same again at the next save
         with explained("the folder of the checkpoints", self.path):
             hosts.once(self._remove_unfinished)
-            self._manager = ocp.CheckpointManager(
-                self.path,
-                options=ocp.CheckpointManagerOptions(
-                    max_to_keep=keep, enable_async_checkpointing=True
-                ),
-            )
+            self._manager = self._opened()
+
+    def _opened(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self.keep, enable_async_checkpointing=True
+        )
+        return ocp.CheckpointManager(self.path, options=options)
 
     def _remove_unfinished(self) -> None:
         # After a failed write, other threads of Orbax may still be writing into the folder.
@@ -162,6 +165,9 @@ class Checkpoints:
         )
         with self._writing(step):
             hosts.once(lambda: self._check_room(arrays))
+            if self._failed:
+                self._close_manager()
+                self._manager, self._failed = self._opened(), False
             self._manager.save(step, args=items)
         self._pending = step
 
@@ -180,6 +186,7 @@ class Checkpoints:
             with explained(f"the checkpoint of step {step}", self.path), _quiet_orbax():
                 yield
         except OSError:
+            self._failed = True
             if hosts.is_first():
                 self._remove_unfinished()
             raise
@@ -202,6 +209,11 @@ class Checkpoints:
         try:
             self.wait()
         finally:
+            self._close_manager()
+
+    def _close_manager(self) -> None:
+        told = contextlib.suppress(Exception) if self._failed else contextlib.nullcontext()
+        with told:
             self._manager.close()
 
 

@@ -74,6 +74,7 @@ def test_a_checkpoint_cut_short_by_a_kill_is_removed(tmp_path):
 def _save_on_a_full_disk(folder: pathlib.Path, limit: int) -> None:
     saved = Checkpoints(folder)
     saved.save(1, arrays(1), {})
+    saved.wait()
 
     def save_second() -> None:
         saved.save(2, arrays(2), {})

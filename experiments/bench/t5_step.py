@@ -38,7 +38,7 @@ from experiments import methods
 from experiments.bench import timing, train_step
 from experiments.config import CONFIGS, RunConfig, runs
 from experiments.data.prompts import PROMPTS
-from experiments.hosts import ONE
+from experiments.devices import ONE
 from experiments.models import t5_tiny
 from experiments.models.t5 import T5
 from experiments.models.t5_classifier import T5Classifier, answers_of
@@ -126,9 +126,9 @@ def variant(run: RunConfig, settings: Settings, parts: Parts) -> Variant:
     }
 
     def call() -> None:
-        *carry[:], loss = programs.step[settings.length](*carry, *rest)
-        jax.block_until_ready((carry, loss))
-        assert np.isfinite(loss)
+        *carry[:], metrics = programs.step[settings.length](*carry, *rest)
+        jax.block_until_ready((carry, metrics))
+        assert np.isfinite(metrics.loss)
 
     return Variant(call, costs)
 
