@@ -99,7 +99,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             mark = re.search(r'boundary="?([^";]+)', self.headers["Content-Type"])[1].encode()
             about, data = body.split(b"--" + mark)[1:3]
             name = json.loads(re.split(rb"\r?\n\r?\n", about, maxsplit=1)[1])["name"]
-            body = re.sub(rb"\r?\n$", b"", re.split(rb"\r?\n\r?\n", data, maxsplit=1)[1])
+            body = re.sub(rb"\r?\n\Z", b"", re.split(rb"\r?\n\r?\n", data, maxsplit=1)[1])
         return self.inserted(name, body, query.get("ifGenerationMatch") or None)
 
     do_PUT = do_POST  # noqa: N815

@@ -1,19 +1,20 @@
 """Files on a disk and in a bucket, by the same claims; a bucket's lock; the real clients."""
 
 import contextlib
-import importlib.util
 import os
 import pathlib
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 
 import fsspec.implementations.memory
 import pytest
 from etils.epath import backend
+from test_training import NAME
 
-from experiments import data, storage
+from experiments import data, finetune, storage
 from experiments.data import glue
 from tests import fake_gcs
 
@@ -282,13 +283,52 @@ storage.remove_tree(out / "checkpoints")
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("gcsfs") is None, reason="pip install gcsfs")
-def test_gcsfs_and_orbax_do_the_same_over_http():
+@contextlib.contextmanager
+def _bucket_after(program: str) -> Iterator[fake_gcs.Bucket]:
+    """A bucket once a process of its own has run `program` on it."""
     with fake_gcs.serving() as (bucket, environment):
         done = subprocess.run(
-            [sys.executable, "-c", CLIENTS], cwd=ROOT, capture_output=True, text=True, timeout=120,
-            env=os.environ | environment | {"JAX_PLATFORMS": "cpu"},
+            [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=240,
+            env=os.environ | environment | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": "tests"},
         )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert sorted(bucket.objects) == ["run/a/result.json", "run/b/result.json"]
-    assert any("checkpoints" in path for _, path in bucket.requests)
+        assert done.returncode == 0, done.stderr[-3000:]
+        yield bucket
+
+
+def test_gcsfs_and_orbax_do_the_same_over_http():
+    with _bucket_after(CLIENTS) as bucket:
+        assert sorted(bucket.objects) == ["run/a/result.json", "run/b/result.json"]
+        assert any("checkpoints" in path for _, path in bucket.requests)
+
+
+STOPPED = """
+import pytest
+from experiments import finetune, preemption, storage
+from test_finetune import tiny
+from test_training import FLAGS, told_at
+
+storage.LEASE, storage.RENEWAL = 2.0, 0.3
+flags = tiny("gs://bucket/runs", **FLAGS)
+with pytest.MonkeyPatch.context() as patched, told_at(patched, 3):
+    assert finetune.main(flags) == preemption.STATUS
+stopped = list(storage.found(storage.at("gs://bucket/runs"), "*/checkpoints/*/commit_success.txt"))
+assert len(stopped) == 1, stopped
+assert finetune.main(flags) == 0
+assert finetune.main(tiny(storage.at("WHOLE"), **FLAGS)) == 0
+"""
+
+
+def test_a_run_in_a_bucket_ends_as_one_on_a_disk_though_it_was_stopped(tmp_path):
+    with _bucket_after(STOPPED.replace("WHOLE", str(tmp_path))) as bucket:
+        run = f"runs/{NAME}"
+        files = {"config.json", "final.safetensors", "metrics.jsonl", "result.json"}
+        images = {"runs/loss.png", "runs/metric.png", "runs/results.jsonl"}
+        assert set(bucket.objects) == {f"{run}/{name}" for name in files} | images
+        for name in ("final.safetensors", "metrics.jsonl", "config.json"):
+            assert bucket.objects[f"{run}/{name}"][0] == (tmp_path / NAME / name).read_bytes()
+
+
+def test_what_writes_to_a_disk_only_is_refused_for_a_bucket(capsys):
+    for flags in (["--tensorboard"], ["--profile-steps", "1,2"]):
+        assert finetune.main(["--smoke", "--out", "gs://bucket/runs", *flags]) == 2
+        assert "write to a disk, not to gs://bucket/runs" in capsys.readouterr().err
