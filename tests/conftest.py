@@ -21,6 +21,14 @@ for _name, _value in {
     jax.config.update(_name, _value)
     os.environ[_name.upper()] = str(_value)
 
+# What is tested once more without float64 is compiled there as users compile it. Most programs here
+# run a few times only and take longer to compile than to run, also in processes that tests start.
+_OPTIMISED = os.environ.get("LORAPRO_TEST_X64", "1") == "0"
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(not _OPTIMISED)))
+jax.config.update(
+    "jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1"
+)
+
 install_import_hook("lorapro_jax", "beartype.beartype")
 
 

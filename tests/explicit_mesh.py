@@ -96,7 +96,7 @@ def on_one_device(tx, dtype=None):
         grads = gradients(params)
         updates, state = jax.jit(tx.update)(grads, state, params)
         steps.append((params, grads, updates, state))
-        params = optax.apply_updates(params, updates)
+        params = jax.jit(optax.apply_updates)(params, updates)
     return first, steps
 
 

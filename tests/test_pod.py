@@ -258,7 +258,9 @@ def trained(work, mode, batch, rate):
         step = pod_step.make(work, mode, mesh, tx)
         # placed as the step leaves them, so that it is compiled once
         given = (trainable, jax.jit(tx.init)(trainable), frozen, batch)
-        trainable, state, *fixed = jax.tree.map(jax.device_put, given, jax.tree.map(lambda x: x.sharding, step.args))
+        trainable, state, *fixed = jax.tree.map(
+            jax.device_put, given, jax.tree.map(lambda x: x.sharding, step.args)
+        )
         losses = []
         for _ in range(8):
             trainable, state, loss = step.jitted(trainable, state, *fixed)

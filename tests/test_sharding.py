@@ -104,11 +104,11 @@ def place(tree, specs, on):
 
 def steps(tx, params, grads, state, count=3):
     """Parameters and state after some jitted steps, and the compiled update's text."""
-    update = jax.jit(tx.update)
+    update, apply = jax.jit(tx.update), jax.jit(optax.apply_updates)
     text = update.lower(grads, state, params).compile().as_text()
     for _ in range(count):
         updates, state = update(grads, state, params)
-        params = optax.apply_updates(params, updates)
+        params = apply(params, updates)
     return params, state, text
 
 
