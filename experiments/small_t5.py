@@ -4,11 +4,13 @@ pretrain.jsonl holds what `experiments.pretrain` measured, the other files the f
 model and, to compare, from the same model before its first step.
 """
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from experiments.config import PAPER_EPOCHS, Command
 from experiments.summary import SCORES, Row, best_rows, read, summarise
 
 FOLDER, PRETRAINING = "t5_small_local", "pretrain.jsonl"
@@ -57,10 +59,21 @@ def command(config: dict[str, Any]) -> str:
     """The command line, but for what has its default."""
     from experiments.pretrain import Settings  # with JAX and what else the training needs
 
-    default = Settings()
-    given = {k: v for k, v in config.items() if v != getattr(default, k) or k == "minutes"}
+    default = dataclasses.asdict(Settings())
+    given = {k: v for k, v in config.items() if v != default[k] or k == "minutes"}
+    return _command("pretrain", given)
+
+
+def finetune_command(config: dict[str, Any]) -> str:
+    """The command line of a run, its method, rate and seed apart, but for what has its default."""
+    default = dataclasses.asdict(Command()) | {"epochs": PAPER_EPOCHS}
+    varied = {k: v for k, v in config.items() if k in default and v != default[k]}
+    return _command("finetune", varied)
+
+
+def _command(module: str, given: dict[str, Any]) -> str:
     flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
-    return f"python -m experiments.pretrain --data-dir ../shared/tfds {flags}"
+    return f"python -m experiments.{module} --data-dir ../shared/tfds {flags}"
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -97,7 +110,8 @@ def notes(rows: Sequence[Row]) -> str:
         record = next(row.records[0] for row in rows if row.task == task)
         used, available = record["train_examples"], record["train_examples_available"]
         lines.append(
-            f"- {task}: {used:,} of {available:,} training examples, {record['steps']:,} steps of "
+            f"- {task}, `{finetune_command(record['config'])}` with the table's methods, rates and "
+            f"seeds: {used:,} of {available:,} training examples, {record['steps']:,} steps of "
             f"{record['config']['batch_size']}, validated on {record['eval_examples']:,}; headline "
             f"{record['metric']}. The commoner class is {COMMONER[task]:.1%} of the whole split."
         )

@@ -13,7 +13,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments import checkpoint, pretrain, pretrain_loop, small_t5
+from experiments import checkpoint, config, pretrain, pretrain_loop, small_t5
 from experiments.config import RunConfig
 from experiments.data import corpus, glue, pydoc, spans
 from experiments.data.prompts import PROMPTS
@@ -348,6 +348,16 @@ def test_the_report_says_what_the_model_is(unbroken, tmp_path):
     ]
     assert "**0.050 ± 0.071**" in lines[0]
     assert "640 of 8,551 training examples, 20 steps of 32, validated on 200" in text
+
+
+def test_a_runs_command_is_read_as_the_run():
+    run = RunConfig(
+        task="sst2", model="t5", weights="runs/t5", method="lora", learning_rate=1e-3, seed=0,
+        epochs=1, train_examples=640, max_length=64, batch_size=16,
+    )  # fmt: skip
+    line = small_t5.finetune_command(dataclasses.asdict(run))
+    flags = [*line.split()[3:], "--methods", "lora", "--learning-rates", "1e-3"]
+    assert config.runs(config.read(flags, "finetune")) == [run]
 
 
 def test_no_step_at_all_saves_the_random_model(tmp_path):
