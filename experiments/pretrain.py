@@ -12,6 +12,7 @@ nothing about T5-base.
 A run that was killed goes on from its last checkpoint when the same command is given again.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -142,9 +143,11 @@ def train(command: Command, texts: corpus.Corpus, console: rich.console.Console)
     """Trains from the last checkpoint to the end, and leaves the folder complete."""
     folder = command.out / RUN
     made = build(settings_of(command), texts, folder)
-    checkpoints = checkpoint.Checkpoints(folder)
     every = pretrain_loop.Every(command.log_every, command.evaluate_every, command.checkpoint_every)
-    with progress.by_share(console, "pretraining") as show:
+    with (
+        contextlib.closing(checkpoint.Checkpoints(folder)) as checkpoints,
+        progress.by_share(console, "pretraining") as show,
+    ):
         params, history = pretrain_loop.pretrain(
             made.setup,
             made.params,
@@ -153,7 +156,6 @@ def train(command: Command, texts: corpus.Corpus, console: rich.console.Console)
             observe=lambda history: show(*_now(history, command)),
             saved=lambda history: write_log(folder, history),
         )
-    checkpoints.close()
     t5_files.save(nnx.merge(made.setup.graph, params), command.out, made.tokenizer)
     result = summary(command, made.facts, history)
     checkpoint.finish(folder, None, result)

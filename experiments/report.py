@@ -18,7 +18,7 @@ import tyro
 
 from experiments import paper, plots, sensitivity, small_t5
 from experiments.checkpoint import write_atomic
-from experiments.summary import SCORES, Row, best_rows, read, summarise
+from experiments.summary import SCORES, Row, best_rows, read, spread, summarise
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 # What has a column, a row or a note of its own; the rest is noted where rows differ in it.
@@ -26,14 +26,6 @@ _SHOWN = {"task", "model", "method", "learning_rate", "seed", "epochs", "train_e
 
 
 LONG = 30  # rows; of a longer table, those that belong to a sweep are left to the JSON lines
-
-
-def spread(row: Row, name: str, digits: int = 4) -> str:
-    """Mean ± std; the mean alone for one seed; for a row that diverged, that in the headline."""
-    if row.diverged:
-        return f"diverged ({row.diverged} of {row.n})" if name == row.metric else "–"
-    text = f"{row.mean[name]:.{digits}f}"
-    return f"{text} ± {row.std[name]:.{digits}f}" if row.n > 1 else text
 
 
 def _cells(row: Row, digits: int = 4) -> list[str]:

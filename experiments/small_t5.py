@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiments.config import PAPER_EPOCHS, Command
-from experiments.summary import SCORES, Row, best_rows, read, summarise
+from experiments.summary import SCORES, Row, best_rows, read, spread, summarise
 
 FOLDER, PRETRAINING = "t5_small_local", "pretrain.jsonl"
 RANDOM = "t5-small-random"
@@ -83,7 +83,7 @@ def table(rows: Sequence[Row]) -> str:
     lines = ["| " + " | ".join(headings) + " |", "|---|---|---|" + "---:|" * (len(headings) - 3)]
     best = best_rows(rows)
     for row in sorted(rows, key=lambda row: (row.task, start_of(row))):
-        scores = [_spread(row, name) for name in SCORES]
+        scores = [spread(row, name, digits=3) for name in SCORES]
         if any(row is other for other in best):
             place = SCORES.index(row.metric)
             scores[place] = f"**{scores[place]}**"
@@ -95,13 +95,6 @@ def table(rows: Sequence[Row]) -> str:
 def start_of(row: Row) -> str:
     """The name of the folder whose weights the row starts from."""
     return pathlib.PurePath(row.records[0]["config"]["weights"]).name
-
-
-def _spread(row: Row, name: str) -> str:
-    if row.diverged:
-        return f"diverged ({row.diverged} of {row.n})" if name == row.metric else "–"
-    text = f"{row.mean[name]:.3f}"
-    return f"{text} ± {row.std[name]:.3f}" if row.n > 1 else text
 
 
 def notes(rows: Sequence[Row]) -> str:

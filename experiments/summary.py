@@ -109,3 +109,11 @@ def best_rows(rows: Sequence[Row]) -> list[Row]:
         if key not in best or row.mean["metric"] > best[key].mean["metric"]:
             best[key] = row
     return list(best.values())
+
+
+def spread(row: Row, name: str, digits: int = 4) -> str:
+    """Mean ± std; the mean alone for one seed; for a row that diverged, that in the headline."""
+    if row.diverged:
+        return f"diverged ({row.diverged} of {row.n})" if name == row.metric else "–"
+    text = f"{row.mean[name]:.{digits}f}"
+    return f"{text} ± {row.std[name]:.{digits}f}" if row.n > 1 else text

@@ -326,7 +326,5 @@ def test_inject_hyperparams_follows_the_schedule():
         for inner in jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "hyperparams"))
         if hasattr(inner, "hyperparams")
     )
-    # a small difference of rates near the first
-    rounding = 2e-2 * float(np.finfo(np.float32).eps)
-    found = float(injected.hyperparams["learning_rate"])
-    assert found == pytest.approx(float(schedule(39)), abs=rounding)
+    # compiled as the step is: eagerly it is rounded otherwise, so near its end
+    assert injected.hyperparams["learning_rate"] == pytest.approx(jax.jit(schedule)(jnp.int32(39)))
