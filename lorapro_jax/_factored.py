@@ -74,7 +74,7 @@ def factored_rule(adam: Adam, form: ClosedForm, *, keeps_factors: bool) -> Rule:
         mu_a, mu_b = over_batch(carried, group)(old.mu_a, old.mu_b, p.a, p.b, a, b, p.s)
         return old._replace(mu_a=_stored(mu_a, adam), mu_b=_stored(mu_b, adam))
 
-    return Rule(FactoredState, init, update, None if keeps_factors else carry)
+    return Rule(FactoredState, init, update, None if keeps_factors else carry, in_turn=True)
 
 
 def _step(
