@@ -115,6 +115,21 @@ def test_no_array_of_the_kernels_size(owns):
     assert dense_values(lp.lorapro_adamw(1e-3, SCALE, mode="full"), m, n)  # it would be seen
 
 
+def test_groups_in_turn_share_their_temporary_memory():
+    """On a CPU an update of four groups of 32 pairs needs little more than one of them."""
+
+    def temporary(pairs):
+        params = {
+            f"layers_{i}": {"lora_a": jnp.ones((96, 4)), "lora_b": jnp.ones((4, 80))}
+            for i in range(pairs)
+        }
+        tx = lp.lorapro_adamw(1e-3, SCALE, mode="factored")
+        update = jax.jit(tx.update).lower(params, tx.init(params), params).compile()
+        return update.memory_analysis().temp_size_in_bytes
+
+    assert temporary(128) < 1.5 * temporary(32)
+
+
 @pytest.mark.parametrize(
     ("make", "numbers"),
     [
