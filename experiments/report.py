@@ -166,7 +166,7 @@ def _machine(record: dict[str, Any]) -> str:
 def _other_differences(records: list[dict[str, Any]]) -> list[str]:
     """What else the rows were made with; a row from before there was an option says nothing."""
     configs = [record["config"] for record in records]
-    names = {name: None for config in configs for name in config if name not in _SHOWN}
+    names = _unique(name for config in configs for name in config if name not in _SHOWN)
     values = {name: _unique(str(c[name]) for c in configs if name in c) for name in names}
     return [f"{name} ({', '.join(found)})" for name, found in values.items() if len(found) > 1]
 

@@ -127,11 +127,7 @@ def _after(before: Array | None, count: Array, make: Callable[[], Problem]) -> P
         return make()
     # True, for steps are counted from 1. XLA does not know that.
     ready = (count > 0) | jnp.isnan(before[(0,) * before.ndim])
-    shapes = jax.eval_shape(make)
-
-    def nothing() -> Problem:
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-
+    nothing = functools.partial(jax.tree.map, jnp.zeros_like, jax.eval_shape(make))
     return lax.cond(ready, make, nothing)
 
 
