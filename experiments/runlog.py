@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import tensorboardX
 
 from experiments import storage
 from experiments.checkpoint import explained
@@ -55,7 +54,9 @@ def opened(
 
 
 @contextlib.contextmanager
-def _events(folder: storage.Path) -> Iterator[tensorboardX.SummaryWriter]:
+def _events(folder: storage.Path) -> Iterator[Any]:
+    import tensorboardX  # here, since it imports PyTorch wherever that is installed
+
     shutil.rmtree(folder, ignore_errors=True)
     writer = tensorboardX.SummaryWriter(str(folder))
     try:
@@ -89,6 +90,6 @@ def _news(
         written[kind] = len(lines)
 
 
-def _add(writer: tensorboardX.SummaryWriter, kind: str, step: int, **figures: float) -> None:
+def _add(writer: Any, kind: str, step: int, **figures: float) -> None:
     for name, value in figures.items():
         writer.add_scalar(f"{kind}/{name}", value, step)

@@ -107,9 +107,8 @@ every_optimizer = pytest.mark.parametrize(
     "tx", [optimizer(*case) for case in PAIRED], ids=PAIRED_NAMES
 )
 # where lorapro alone would show nothing that efficient mode, which begins with it, does not
-every_mode = pytest.mark.parametrize(
-    "tx", [optimizer(*case) for case in PAIRED[1:]], ids=PAIRED_NAMES[1:]
-)
+MODES = {case[1]["mode"]: optimizer(*case) for case in PAIRED[1:]}
+every_mode = pytest.mark.parametrize("tx", MODES.values(), ids=MODES.keys())
 
 
 def make(dtype=None, seed=0):

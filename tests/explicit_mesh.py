@@ -10,7 +10,7 @@ import contract
 import jax
 import optax
 import pytest
-from contract import every_mode, gradients, types
+from contract import MODES, every_mode, gradients, types
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import lorapro_jax as lp
@@ -131,14 +131,14 @@ def test_compiled_steps(tx, axes):
     check(tx, axes, jax.jit)
 
 
-@every_mode
-def test_eager_steps(tx):
-    check(tx, MIXED, lambda function: function, steps=1)
+def test_eager_steps():
+    """Of efficient mode: operations have the same types here, and are compiled one by one."""
+    check(MODES["efficient"], MIXED, lambda function: function, steps=1)
 
 
-@every_mode
-def test_steps_of_bf16_factors_among_float32_ones(tx):
-    check(tx, MIXED, jax.jit, "mixed", steps=1)
+def test_steps_of_bf16_factors_among_float32_ones():
+    """Of efficient mode: how factors are widened is common to the modes."""
+    check(MODES["efficient"], MIXED, jax.jit, "mixed", steps=1)
 
 
 @every_placement

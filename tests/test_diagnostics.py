@@ -90,6 +90,6 @@ def test_no_dense_array_is_formed():
 
 def test_params_and_grads_of_other_shapes_are_refused():
     params, grads, _ = trees.make()
-    grads["up"], grads["down"] = grads["down"], grads["up"]
+    grads["up_0"], grads["down"] = grads["down"], grads["up_0"]
     with pytest.raises(ValueError, match="down/lora_a: the update has shape"):
         lp.diagnose(params, grads, trees.SCALE)

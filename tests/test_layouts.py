@@ -176,7 +176,7 @@ def test_reading_a_stack_is_indexing_the_layers():
         np.testing.assert_array_equal(got_b[layer], b[:, layer])
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.data())
 def test_write_undoes_read_for_any_declaration(data):
     def axes(extra):

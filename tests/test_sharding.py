@@ -102,14 +102,13 @@ def place(tree, specs, on):
     return put(tree, specs)
 
 
-def steps(tx, params, grads, state, count=3):
-    """Parameters and state after some jitted steps, and the compiled update's text."""
-    update, apply = jax.jit(tx.update), jax.jit(optax.apply_updates)
-    text = update.lower(grads, state, params).compile().as_text()
+def steps(update, params, grads, state, count=3):
+    """Parameters and state after some steps of a compiled update."""
+    apply = jax.jit(optax.apply_updates)
     for _ in range(count):
         updates, state = update(grads, state, params)
         params = apply(params, updates)
-    return params, state, text
+    return params, state
 
 
 def moves(text):
@@ -129,7 +128,7 @@ def on_one_device(mode, names):
         is_leaf=lambda x: isinstance(x, P),
     )
     tx = transformation(mode, params)
-    return jax.tree.map(np.asarray, steps(tx, params, grads, tx.init(params))[:2])
+    return jax.tree.map(np.asarray, steps(jax.jit(tx.update), params, grads, tx.init(params)))
 
 
 def check(kind, mode, shapes, may_move=False):
@@ -140,8 +139,9 @@ def check(kind, mode, shapes, may_move=False):
     shardings = lp.state_shardings(tx, params, layout=layout_of(params))
     with jax.set_mesh(on):
         state = jax.jit(tx.init, out_shardings=shardings)(params)
-        new, state, text = steps(tx, params, grads, state)
-    assert may_move or not moves(text)
+        update = jax.jit(tx.update).lower(grads, state, params).compile()
+        new, state = steps(update, params, grads, state)
+    assert may_move or not moves(update.as_text())
     for ours, theirs in zip(
         jax.tree.leaves((new, state)),
         jax.tree.leaves(on_one_device(mode, tuple(shapes))),
@@ -155,7 +155,7 @@ def check(kind, mode, shapes, may_move=False):
 
 
 @on_eight
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", MODES[1:])  # efficient mode begins with what lorapro is
 @pytest.mark.parametrize("kind", AXES)
 def test_sharded_factors_give_the_same_steps_and_only_small_sums_travel(kind, mode):
     check(kind, mode, SHAPES)
@@ -185,23 +185,25 @@ def test_moments_are_sharded_as_the_kernel_where_factors_are_replicated(kind):
     specs = jax.tree.map(lambda _: P(), params)
     params, grads = place(params, specs, on), place(grads, specs, on)
     tx = lp.lorapro_adamw(1e-2, 2.0, mode="full")
+    update = jax.jit(tx.update)
     shardings = lp.state_shardings(tx, params, kernels=lambda path: P("fsdp", "tensor"))
     with jax.set_mesh(on):
         state = jax.jit(tx.init, out_shardings=shardings)(params)
-        new, state, _ = steps(tx, params, grads, state)
+        new, state = steps(update, params, grads, state)
     moment = state.nu["q"]
     assert moment.sharding.spec == P(None, "fsdp", "tensor")
     assert moment.addressable_shards[0].data.shape == (1, 4, 20)
     one = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), (params, grads))
-    expected, _, _ = steps(tx, *one, tx.init(one[0]))
+    expected, _ = steps(update, *one, tx.init(one[0]))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-10), new, expected)
 
 
 @on_eight
-@pytest.mark.parametrize("mode", ["efficient", "factored", "full"])
+@pytest.mark.parametrize("mode", ["factored", "full"])  # efficient's arrays are as factored's
 def test_a_state_saved_on_one_mesh_goes_on_on_another(tmp_path, mode):
     params, grads, specs = trees({name: SHAPES[name] for name in ("both", "layers", "heads")})
     tx = transformation(mode, params)
+    update = jax.jit(tx.update)
     manager = ocp.StandardCheckpointer()
     results = []
     for i, (kind, shape) in enumerate([("auto", (4, 2)), ("auto", (2, 2)), ("explicit", (8, 1))]):
@@ -212,7 +214,7 @@ def test_a_state_saved_on_one_mesh_goes_on_on_another(tmp_path, mode):
         with jax.set_mesh(on):
             if i == 0:
                 state = jax.jit(tx.init, out_shardings=shardings)(here)
-                here, state, _ = steps(tx, here, there, state)
+                here, state = steps(update, here, there, state)
                 manager.save(tmp_path / "step", {"params": here, "state": state})
                 manager.wait_until_finished()
             wanted = jax.tree.map(
@@ -229,7 +231,7 @@ def test_a_state_saved_on_one_mesh_goes_on_on_another(tmp_path, mode):
                     jax.tree.map(lambda x, y: x.sharding == y, back["state"], shardings)
                 )
             )
-            new, _, _ = steps(tx, back["params"], there, back["state"], count=2)
+            new, _ = steps(update, back["params"], there, back["state"], count=2)
         results.append(jax.tree.map(np.asarray, new))
     for other in results[1:]:
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-10), results[0], other)

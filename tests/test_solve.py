@@ -296,7 +296,7 @@ def test_an_unknown_choice_is_refused(rng):
 @pytest.mark.parametrize("rank", [16, 64])
 def test_many_shapes_on_two_cores_do_not_wait_for_each_other(x64, rank):
     """In a process of its own, the same in both legs: what is tested for is that it ends."""
-    two_cores.run("_solve", rank, rounds=40)
+    two_cores.run("_solve", rank, rounds=15)
 
 
 def test_a_batch_of_batches_has_the_eigenvectors_of_each(x64):

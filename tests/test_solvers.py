@@ -247,7 +247,7 @@ def test_a_batch_of_batches_has_the_singular_vectors_of_each(x64, rng):
 def test_many_shapes_on_two_cores_do_not_wait_for_each_other(rank):
     """In a process of its own: what is tested for is that it ends."""
     # LAPACK's own threads have no part in it, and spin where other processes want the cores
-    two_cores.run("_orthogonal", rank, rounds=20, OPENBLAS_NUM_THREADS="1")
+    two_cores.run("_orthogonal", rank, rounds=10, OPENBLAS_NUM_THREADS="1")
 
 
 _SHARDED = """

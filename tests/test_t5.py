@@ -239,7 +239,7 @@ def test_it_learns_a_batch():
         {"vocab_size": 20}, lengths=(6, 4, 5), targets=(3, 2, 4)
     )
     graph, factors, rest = nnx.split(model, nnx.LoRAParam, ...)
-    tx = lp.lorapro_adamw(1e-2, scale=4.0)
+    tx = lp.lorapro_adamw(1e-2, scale=4.0, mode="efficient")
 
     def loss(factors):
         model = nnx.merge(graph, factors, rest)

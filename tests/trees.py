@@ -6,7 +6,7 @@ import numpy as np
 import oracle
 
 SCALE = 2.0
-SHAPES = {"up": (12, 3, 8), "down": (8, 3, 12), "also_up": (12, 3, 8), "wide": (6, 2, 20)}
+SHAPES = {"up_0": (12, 3, 8), "down": (8, 3, 12), "up_1": (12, 3, 8), "wide": (6, 2, 20)}
 
 
 def make(seed=0, dtype=None, shapes=None):
