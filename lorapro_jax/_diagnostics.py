@@ -19,6 +19,7 @@ from lorapro_jax._batch import (
     first_steps,
     groups,
     over_batch,
+    places,
     problem,
     stacked,
     unstacked,
@@ -89,15 +90,16 @@ def diagnose(
     pairs = find_pairs(paths, leaves, layout, require_pairs=True)
     values = aligned(paths, leaves, params)
     new = None if updates is None else aligned(paths, leaves, updates)
-    found = {}
-    for group in groups(pairs, values).values():
+    found, alike = {}, groups(pairs, values)
+    at = places(alike, leaves)
+    for group in alike.values():
         p = problem(group, values, leaves, scale)
         _, target = first_steps(p, group, ClosedForm("sylvester", 0.0, "gram"))
         if new is None:
             _, taken = first_steps(p, group, ClosedForm("sylvester", damping, "gram"))
         else:
             taken = tuple(-_solve.widen(x) for x in stacked(group, new))
-        figures = unstacked(over_batch(_figures, group)(p, taken, target), group)
+        figures = unstacked(over_batch(_figures, group)(p, taken, target), group, at)
         found |= zip((pair.path for pair in group.pairs), figures, strict=True)
     return {pair.path: found[pair.path] for pair in pairs}
 

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array
 
@@ -24,11 +23,12 @@ from lorapro_jax._batch import (
     aligned,
     groups,
     over_batch,
+    places,
     problem,
     unstacked,
 )
+from lorapro_jax._cpu import after
 from lorapro_jax._layouts import Pair, check_leaves, factor_indices, flatten, write
-from lorapro_jax._sharding import possible_shards
 
 Find = Callable[[list[str], list[Any]], tuple[Pair, ...]]
 
@@ -43,7 +43,7 @@ class Rule(NamedTuple):
     ]  # ((da, db), new fields) of a group; the last argument is the number of this step, from 1
     carry: Callable[..., tuple[Any, ...]] | None = None
     # (problem, group, new fields, new a, new b) -> the fields as they are at the new factors
-    in_turn: bool = False  # whether a CPU should take one group after the other: see `_after`
+    in_turn: bool = False  # whether a CPU should take one group after the other: see `after`
 
 
 class Taken(NamedTuple):
@@ -100,35 +100,20 @@ def pairwise(
             # Traced once for all groups of one shape. Eagerly it would be compiled at every call.
             one = jax.jit(one, static_argnums=0)
         made, before = {}, None
-        for name, group in groups(find(paths, leaves), values).items():
+        found = groups(find(paths, leaves), values)
+        at = places(found, leaves)
+        for name, group in found.items():
             old = tuple(getattr(state, field)[name] for field in fields)
             nameless = group._replace(pairs=())
-            p = _after(before, count, functools.partial(problem, group, values, leaves, scale))
+            p = after(before, functools.partial(problem, group, values, leaves, scale))
             step, made[name] = one(nameless, p, old)
             before = step[0] if rule.in_turn else None
-            for pair, (da, db) in zip(group.pairs, unstacked(step, group), strict=True):
+            for pair, (da, db) in zip(group.pairs, unstacked(step, group, at), strict=True):
                 write(pair, da, db, new)
         fresh = rule.state(count, *by_field(made, len(fields)), rest_state)
         return jax.tree.unflatten(treedef, new), fresh
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _after(before: Array | None, count: Array, make: Callable[[], Problem]) -> Problem:
-    """`make()`, on a single CPU not until `before`, the step of another group, is there.
-
-    XLA's CPU backend takes all groups of an update at once. The arrays between the factors and the
-    step of one group nearly fit a cache; those of all do not, and are so many that the C library
-    has them mapped anew, page by page, in every step. A branch is the one wait that XLA keeps.
-    """
-    # Where JAX's default is not where the update runs, the wait is missed, or not needed: no more.
-    cpu = jax.default_backend() == "cpu"
-    if not (cpu and isinstance(before, Tracer) and possible_shards(before) == 1):
-        return make()
-    # True, for steps are counted from 1. XLA does not know that.
-    ready = (count > 0) | jnp.isnan(before[(0,) * before.ndim])
-    nothing = functools.partial(jax.tree.map, jnp.zeros_like, jax.eval_shape(make))
-    return lax.cond(ready, make, nothing)
 
 
 def _one_group(

@@ -9,7 +9,16 @@ import optax
 from jaxtyping import Array
 
 from lorapro_jax import _solve
-from lorapro_jax._batch import Adam, Scale, aligned, first_steps, groups, problem, unstacked
+from lorapro_jax._batch import (
+    Adam,
+    Scale,
+    aligned,
+    first_steps,
+    groups,
+    places,
+    problem,
+    unstacked,
+)
 from lorapro_jax._checks import check_between, check_one_of, check_scale
 from lorapro_jax._closed_form import ClosedForm
 from lorapro_jax._efficient import efficient_rule
@@ -92,9 +101,11 @@ def lorapro(
         pairs = find_pairs(paths, leaves, layout, require_pairs=require_pairs)
         new = list(leaves)
         values = aligned(paths, leaves, params)
-        for group in groups(pairs, values).values():
+        found = groups(pairs, values)
+        at = places(found, leaves)
+        for group in found.values():
             _, taken = first_steps(problem(group, values, leaves, scale), group, form)
-            for pair, (da, db) in zip(group.pairs, unstacked(taken, group), strict=True):
+            for pair, (da, db) in zip(group.pairs, unstacked(taken, group, at), strict=True):
                 write(pair, da, db, new)
         return jax.tree.unflatten(treedef, new), state
 

@@ -1,6 +1,7 @@
 """The transformations: against dense references, and among optax's own."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +70,7 @@ def test_lorapro_is_the_damped_solution_of_every_pair(x64):
 
 def test_more_pairs_than_one_batch_holds(x64):
     """Chunks of one shape, two shapes of one rank, remainders, and a pair of another rank."""
-    shapes = {f"x{i:02d}": (6 + i % 2, 2, 5) for i in range(70)} | {"y": (6, 3, 5)}
+    shapes = {f"x{i:02d}": (6 + i % 2, 2, 5) for i in range(100)} | {"y": (6, 3, 5)}
     params, grads, dense = trees.make(shapes=shapes)
     tx = lp.lorapro(SCALE, damping=1e-4)
     updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
@@ -81,8 +82,8 @@ def test_more_pairs_than_one_batch_holds(x64):
 
 @every_mode
 def test_a_pair_steps_as_it_would_alone(x64, mode):
-    """35 pairs of one kind, more than one batch holds, each with a scale of its own."""
-    params, grads, _ = trees.make(shapes={f"x{i:02d}": (7, 2, 5) for i in range(35)})
+    """50 pairs of one kind, more than one batch holds, each with a scale of its own."""
+    params, grads, _ = trees.make(shapes={f"x{i:02d}": (7, 2, 5) for i in range(50)})
     tx = lp.scale_by_lorapro_adam(lambda path: 1.0 + int(path[1:]), mode=mode)
     state, update = tx.init(params), jax.jit(tx.update)
     for _ in range(2):
@@ -97,6 +98,24 @@ def test_a_pair_steps_as_it_would_alone(x64, mode):
     for name in params:
         alone = two_steps({"x": grads[name]}, {"x": params[name]}, 1.0 + int(name[1:]))
         trees.assert_same_computation({"x": together[name]}, alone)
+
+
+def kernels(compiled):
+    """The distinct fused computations of a program, whatever their values are called."""
+    bodies = re.findall(r"^%\S*fused_computation\S* \(.*?^}", compiled.as_text(), re.M | re.S)
+    return {re.sub(r"%[\w.-]+|, metadata={.*?}|[\w.]+: ", "", body) for body in bodies}
+
+
+@every_transform
+def test_more_pairs_of_one_shape_are_no_more_kernels(make):
+    """On one CPU, where XLA compiles each."""
+    counts = []
+    for pairs in (9, 27):
+        params, grads, _ = trees.make(shapes={f"x{i}": (7, 2, 5) for i in range(pairs)})
+        tx = make()
+        compiled = jax.jit(tx.update).lower(grads, tx.init(params), params).compile()
+        counts.append(len(kernels(compiled)))
+    assert 0 < counts[0] == counts[1]
 
 
 def test_the_scale_may_differ_by_pair(x64):
