@@ -163,7 +163,7 @@ def test_patterns_match_whole_paths_and_may_not_overlap():
 def test_a_wide_pattern_leaves_the_factors_to_lora_pro():
     params, _ = with_base()
     named = lp.labels(params, extra=[".*"])
-    assert named["up"] == {"kernel": ".*", "lora_a": "lora", "lora_b": "lora"}
+    assert named["up_0"] == {"kernel": ".*", "lora_a": "lora", "lora_b": "lora"}
 
 
 def test_a_tree_without_adapters_would_not_train_and_is_refused():
