@@ -156,9 +156,10 @@ def factor_zeros(group: Group, leaves: Sequence[Any], dtype: Any = None) -> tupl
 
 def places(by_name: dict[str, Group], leaves: Sequence[Array]) -> Sequence[int | Array]:
     """Where the pairs of a group stand in its arrays, for all groups of flattened gradients."""
-    found = [pair for group in by_name.values() for pair in group.pairs]
-    longest = max((len(group.pairs) for group in by_name.values()), default=0)
-    return _cpu.places(longest, leaves[found[0].a]) if found else ()
+    if not by_name:
+        return ()
+    longest = max((group.pairs for group in by_name.values()), key=len)
+    return _cpu.places(len(longest), leaves[longest[0].a])
 
 
 def unstacked(tree: Any, group: Group, at: Sequence[int | Array]) -> list[Any]:

@@ -199,7 +199,7 @@ def test_moments_are_sharded_as_the_kernel_where_factors_are_replicated(kind):
 
 
 @on_eight
-@pytest.mark.parametrize("mode", ["factored", "full"])  # efficient's arrays are as factored's
+@pytest.mark.parametrize("mode", MODES[1:])
 def test_a_state_saved_on_one_mesh_goes_on_on_another(tmp_path, mode):
     params, grads, specs = trees({name: SHAPES[name] for name in ("both", "layers", "heads")})
     tx = transformation(mode, params)
