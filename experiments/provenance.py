@@ -50,7 +50,8 @@ def provenance() -> dict:
 
     Returns:
       versions: {package: version}; cpu, cpu_count, device (kind), device_count, platform;
-      commit (None outside a checkout), dirty (tracked files differ from it); time, ISO 8601 UTC.
+      commit (outside a checkout $LORAPRO_COMMIT, or None), dirty (tracked files differ from it;
+      None outside); time, ISO 8601 UTC.
     """
     devices = jax.devices()
     commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "-uno")
@@ -61,7 +62,7 @@ def provenance() -> dict:
         "device": devices[0].device_kind,
         "device_count": len(devices),
         "platform": devices[0].platform,
-        "commit": commit,
+        "commit": commit or os.environ.get("LORAPRO_COMMIT"),
         "dirty": None if changes is None else bool(changes),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }

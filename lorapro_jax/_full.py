@@ -5,6 +5,8 @@ a block of rows of one pair at a time: g~ and the direction U exist for one bloc
 axes is looped over the first of them (scanned layers), unless the type of its factors says that
 this axis is sharded.
 
+On one NVIDIA GPU a kernel does all of this in one pass: `_full_cuda`.
+
 Only one device's rows are cut into blocks. A slice of a sharded axis would be gathered, and with
 automatic axes nobody can tell before XLA does whether the rows are sharded: where they could be,
 by the mesh that the factors' type names, a block is a whole pair.
@@ -12,9 +14,10 @@ by the mesh that the factors' type names, a block is a whole pair.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
@@ -88,9 +91,21 @@ def _adam(
     cpu, default = (
         functools.partial(_by_blocks, p, group, adam, blocks) for blocks in (here, elsewhere)
     )
-    if here == elsewhere:
-        return cpu(taken, moments, count)
-    return lax.platform_dependent(taken, moments, count, cpu=cpu, default=default)
+    ways: dict[str, Callable] = {} if here == elsewhere else {"cpu": cpu}
+    if (kernel := _cuda_kernel(p, group, adam)) is not None:
+        ways["cuda"] = kernel
+    if not ways:
+        return default(taken, moments, count)
+    return lax.platform_dependent(taken, moments, count, **ways, default=default)
+
+
+def _cuda_kernel(p: Problem, group: Group, adam: Adam) -> Callable | None:
+    """`_adam` as one GPU kernel; None without a GPU, or if the group is not one for it."""
+    if jax.default_backend() != "gpu":
+        return None
+    from lorapro_jax import _full_cuda  # imports Pallas, which nobody else needs
+
+    return _full_cuda.adam_of(p, group, adam) if _full_cuda.supported() else None
 
 
 class Blocks(NamedTuple):

@@ -1,0 +1,215 @@
+"""Full mode's pass over the moments of a group of pairs as one kernel for an NVIDIA GPU.
+
+XLA writes g~ and the direction U to memory and reads them back, which is more than the moments
+themselves. Here a program of the kernel has a block of columns of one pair and goes down a stretch
+of its rows, a tile at a time: it forms the tile's g~ from the factors, reads, updates and writes
+the two moments, and projects the tile's U. So nothing of the moments' size is moved but they, once.
+
+    g~   = s (da b + a db)          h_a = s U bᵀ, one part per block of columns
+    m, v = Adam's averages          h_b = s aᵀ U, one part per stretch of rows
+    U    = m^ / (sqrt(v^) + eps)    the parts are added up afterwards: the same sum at every call
+
+Products are of three products of tf32 numbers each, which is float32's accuracy but for two bits.
+
+The kernel is written in Pallas for its Triton backend, which JAX 0.11 deprecates; without it, and
+for groups that it does not take, full mode is XLA's as on other devices.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+from jaxtyping import Array, Float
+
+from lorapro_jax._batch import Adam, Group, Problem
+from lorapro_jax._sharding import possible_shards
+
+_LEAST = 16  # columns of a factor that the matrix units take
+_CHUNK = 64  # columns of a factor in one product: more would not fit the registers
+_MOST = 2**31 - 1  # elements of an array: Pallas counts them in 32 bits
+
+
+class Tiling(NamedTuple):
+    """How the work on (m, n) arrays is cut. m is a multiple of `stretch`, n of `columns`."""
+
+    rows: int  # of a tile
+    columns: int  # of a tile
+    stretch: int  # rows of a program, a multiple of `rows`
+    warps: int  # of a program
+    stages: int  # of the pipeline of loads
+
+
+class Numbers(NamedTuple):
+    """The scalars of a step; the differences are taken before they are rounded to float32."""
+
+    b1: Any
+    b2: Any
+    new_1: Any  # 1 - b1
+    new_2: Any
+    correction_1: Any  # 1 - b1**count
+    correction_2: Any
+    eps: Any
+
+
+def adam_of(p: Problem, group: Group, adam: Adam, **options: Any) -> Callable | None:
+    """`_full._adam` of this group by the kernel; None for a group that it does not take.
+
+    Those are sharded ones, or ones that may be, for a kernel sees one device; those in float64;
+    and those whose m and n are not multiples of a tile. `options` go to `one_pass`.
+    """
+    pairs, m, n = (math.prod(x) for x in (group.batch, group.m, group.n))
+    cut = tiling(pairs, m, n, p.a.shape[-1])
+    if cut is None or possible_shards(p.a) > 1 or p.a.dtype != jnp.float32:
+        return None
+
+    def step(taken: tuple[Array, Array], moments: tuple[Array, Array], count: Array) -> tuple:
+        a, da = (jnp.reshape(x, (pairs, m, -1)) for x in (p.a, taken[0]))
+        b, db = (jnp.reshape(x, (pairs, -1, n)) for x in (p.b, taken[1]))
+        mu, nu = (jnp.reshape(x, (pairs, m, n)) for x in moments)
+        s = jnp.reshape(p.s, (pairs,))
+        b1, b2, eps, _ = adam
+        numbers = Numbers(b1, b2, 1 - b1, 1 - b2, 1 - b1**count, 1 - b2**count, eps)
+        made = one_pass(a, b, da, db, s, mu, nu, numbers, cut, **options)
+        return tuple(
+            jnp.reshape(x, like.shape) for x, like in zip(made, (*moments, *taken), strict=True)
+        )
+
+    return step
+
+
+def supported() -> bool:
+    """Whether JAX's default device is an NVIDIA GPU with tf32, an Ampere or newer one."""
+    device = jax.devices()[0]
+    version = getattr(device, "compute_capability", "0")  # "9.0"; "gfx942" and such on AMD's
+    return device.platform == "gpu" and version[:1].isdigit() and float(version) >= 8
+
+
+def tiling(pairs: int, m: int, n: int, rank: int) -> Tiling | None:
+    """How to cut kernels of this shape; None if no tile divides them."""
+    rows, columns = _dividing(m, (32, 16)), _dividing(n, (64, 32))
+    if rows is None or columns is None or pairs * m * n > _MOST:
+        return None
+    del rank
+    return Tiling(rows, columns, _stretch(m, rows), 4, 1)
+
+
+def _dividing(size: int, choices: tuple[int, ...]) -> int | None:
+    return next((choice for choice in choices if size % choice == 0), None)
+
+
+def _stretch(m: int, rows: int, most: int = 512) -> int:
+    """The largest part of m up to `most` that is a multiple of `rows`."""
+    tiles = m // rows
+    return rows * max(k for k in range(1, most // rows + 1) if tiles % k == 0)
+
+
+def one_pass(
+    a: Float[Array, "pairs m r"],
+    b: Float[Array, "pairs r n"],
+    da: Float[Array, "pairs m r"],
+    db: Float[Array, "pairs r n"],
+    s: Float[Array, "pairs"],
+    mu: Float[Array, "pairs m n"],
+    nu: Float[Array, "pairs m n"],
+    numbers: Numbers,
+    cut: Tiling,
+    *,
+    interpret: bool = False,
+) -> tuple[Array, Array, Array, Array]:
+    """(mu, nu, h_a, h_b) after a step; mu and nu are updated where they lie if they are donated.
+
+    All but mu are float32. `interpret` runs the kernel's program without a GPU.
+    """
+    (pairs, m, n), rank = nu.shape, a.shape[2]
+    scale = s[:, None, None]
+    scalars = jnp.stack([jnp.asarray(x, jnp.float32) for x in (*numbers, 0)])  # a power of two
+    left = _padded(jnp.concatenate([da, a], axis=2) * scale, 2)
+    right = _padded(jnp.concatenate([b, db], axis=1), 1)
+    a, b = _padded(a * scale, 2), _padded(b * scale, 1)
+    width = a.shape[2]
+    parts = m // cut.stretch, n // cut.columns
+
+    tall = functools.partial(pl.BlockSpec, index_map=lambda p, i, j: (p, i, 0))
+    wide = functools.partial(pl.BlockSpec, index_map=lambda p, i, j: (p, 0, j))
+    moment = pl.BlockSpec((None, cut.stretch, cut.columns), lambda p, i, j: (p, i, j))
+    mu, nu, h_a, h_b = pl.pallas_call(
+        functools.partial(_program, rank=rank, cut=cut, precision=_precision(interpret)),
+        grid=(pairs, *parts),
+        in_specs=[
+            pl.BlockSpec(scalars.shape, lambda p, i, j: (0,)),
+            *(tall((None, cut.stretch, x.shape[2])) for x in (left, a)),
+            *(wide((None, x.shape[1], cut.columns)) for x in (right, b)),
+            moment,
+            moment,
+        ],
+        out_specs=[
+            moment,
+            moment,
+            pl.BlockSpec((None, None, cut.stretch, width), lambda p, i, j: (j, p, i, 0)),
+            pl.BlockSpec((None, None, width, cut.columns), lambda p, i, j: (i, p, 0, j)),
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct(mu.shape, mu.dtype),
+            jax.ShapeDtypeStruct(nu.shape, nu.dtype),
+            jax.ShapeDtypeStruct((parts[1], pairs, m, width), jnp.float32),
+            jax.ShapeDtypeStruct((parts[0], pairs, width, n), jnp.float32),
+        ],
+        input_output_aliases={5: 0, 6: 1},
+        interpret=interpret,
+        compiler_params=triton.CompilerParams(num_warps=cut.warps, num_stages=cut.stages),
+    )(scalars, left, a, right, b, mu, nu)
+    return mu, nu, jnp.sum(h_a[..., :rank], axis=0), jnp.sum(h_b[:, :, :rank], axis=0)
+
+
+def _precision(interpret: bool) -> lax.Precision | lax.DotAlgorithmPreset:
+    return lax.Precision.HIGHEST if interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+
+
+def _padded(x: Array, axis: int) -> Array:
+    """`x` with zeros up to the next power of two, at least `_LEAST`."""
+    size = x.shape[axis]
+    more = max(_LEAST, 1 << (size - 1).bit_length()) - size
+    return jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])
+
+
+def _program(numbers, left, a, right, b, mu_in, nu_in, mu, nu, h_a, h_b, *, rank, cut, precision):
+    """One block of columns of one stretch of rows; the arguments are references to blocks."""
+    b1, b2, new_1, new_2, correction_1, correction_2, eps = (numbers[i] for i in range(7))
+    width = a.shape[1]
+    of_left, of_a = (
+        [pl.ds(k, min(_CHUNK, x.shape[1])) for k in range(0, x.shape[1], _CHUNK)] for x in (left, a)
+    )
+    # The zeros that pad h_a need not be written: nobody reads them.
+    kept = lax.broadcasted_iota(jnp.int32, (cut.rows, min(_CHUNK, width)), 1) < rank
+
+    def dot(x: Array, y: Array, x_axis: int, y_axis: int) -> Array:
+        return lax.dot_general(
+            x,
+            y,
+            (((x_axis,), (y_axis,)), ((), ())),
+            precision=precision,
+            preferred_element_type=jnp.float32,
+        )
+
+    def tile(i: Array, sums: list[Array]) -> list[Array]:
+        rows = pl.ds(i * cut.rows, cut.rows)
+        g = sum(dot(left[rows, k], right[k, :], 1, 0) for k in of_left)
+        m = (b1 * mu_in[rows, :].astype(jnp.float32) + new_1 * g).astype(mu.dtype)
+        v = b2 * nu_in[rows, :] + new_2 * g * g
+        mu[rows, :] = m
+        nu[rows, :] = v
+        U = m.astype(jnp.float32) / correction_1 / (jnp.sqrt(v / correction_2) + eps)
+        for k in of_a:
+            triton.store(h_a.at[rows, k], dot(U, b[k, :], 1, 1), mask=kept)
+        return [old + dot(a[rows, k], U, 0, 0) for k, old in zip(of_a, sums, strict=True)]
+
+    sums = [jnp.zeros((min(_CHUNK, width), cut.columns), jnp.float32) for _ in of_a]
+    sums = lax.fori_loop(0, cut.stretch // cut.rows, tile, sums)
+    for k, x in zip(of_a, sums, strict=True):
+        h_b[k, :] = x
