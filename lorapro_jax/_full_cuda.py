@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import custom_vmap
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
@@ -32,6 +33,7 @@ from lorapro_jax._sharding import possible_shards
 
 _LEAST = 16  # columns of a factor that the matrix units take
 _CHUNK = 64  # columns of a factor in one product: more would not fit the registers
+_TINY = float(jnp.finfo(jnp.float32).tiny)  # sqrt(v) is v / sqrt(v), also at v = 0
 _MOST = 2**31 - 1  # elements of an array: Pallas counts them in 32 bits
 
 
@@ -52,8 +54,8 @@ class Numbers(NamedTuple):
     b2: Any
     new_1: Any  # 1 - b1
     new_2: Any
-    correction_1: Any  # 1 - b1**count
-    correction_2: Any
+    inverse_1: Any  # 1 / (1 - b1**count)
+    inverse_2: Any
     eps: Any
 
 
@@ -74,7 +76,7 @@ def adam_of(p: Problem, group: Group, adam: Adam, **options: Any) -> Callable | 
         mu, nu = (jnp.reshape(x, (pairs, m, n)) for x in moments)
         s = jnp.reshape(p.s, (pairs,))
         b1, b2, eps, _ = adam
-        numbers = Numbers(b1, b2, 1 - b1, 1 - b2, 1 - b1**count, 1 - b2**count, eps)
+        numbers = Numbers(b1, b2, 1 - b1, 1 - b2, 1 / (1 - b1**count), 1 / (1 - b2**count), eps)
         made = one_pass(a, b, da, db, s, mu, nu, numbers, cut, **options)
         return tuple(
             jnp.reshape(x, like.shape) for x, like in zip(made, (*moments, *taken), strict=True)
@@ -91,11 +93,10 @@ def supported() -> bool:
 
 
 def tiling(pairs: int, m: int, n: int, rank: int) -> Tiling | None:
-    """How to cut kernels of this shape; None if no tile divides them."""
-    rows, columns = _dividing(m, (32, 16)), _dividing(n, (64, 32))
+    """How to cut kernels of this shape; None if no tile divides them, or they are too large."""
+    rows, columns = _dividing(m, (64, 32, 16)), _dividing(n, (32,) if rank <= 16 else (64, 32))
     if rows is None or columns is None or pairs * m * n > _MOST:
         return None
-    del rank
     return Tiling(rows, columns, _stretch(m, rows), 4, 1)
 
 
@@ -126,23 +127,61 @@ def one_pass(
 
     All but mu are float32. `interpret` runs the kernel's program without a GPU.
     """
-    (pairs, m, n), rank = nu.shape, a.shape[2]
-    scale = s[:, None, None]
+    rank, scale = a.shape[2], s[:, None, None]
     scalars = jnp.stack([jnp.asarray(x, jnp.float32) for x in (*numbers, 0)])  # a power of two
+    scalars = jnp.broadcast_to(scalars, (len(s), *scalars.shape))
     left = _padded(jnp.concatenate([da, a], axis=2) * scale, 2)
     right = _padded(jnp.concatenate([b, db], axis=1), 1)
     a, b = _padded(a * scale, 2), _padded(b * scale, 1)
-    width = a.shape[2]
-    parts = m // cut.stretch, n // cut.columns
+    kernel = _batchable(functools.partial(_launch, rank=rank, cut=cut, interpret=interpret))
+    return kernel(scalars, left, a, right, b, mu, nu)
 
+
+def _batchable(kernel: Callable) -> Callable:
+    """`kernel` under vmap: a batch of groups is one larger group, if that can be counted."""
+
+    @custom_vmap
+    def call(*arrays: Array) -> tuple[Array, ...]:
+        return kernel(*arrays)
+
+    @call.def_vmap
+    def _(size: int, batched: list[bool], *arrays: Array) -> tuple[Any, Any]:
+        arrays = tuple(
+            x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
+            for x, is_batched in zip(arrays, batched, strict=True)
+        )
+        if arrays[-1].size > _MOST:
+            return lax.map(lambda own: call(*own), arrays), (True,) * 4
+        made = call(*(jnp.reshape(x, (-1, *x.shape[2:])) for x in arrays))
+        return tuple(jnp.reshape(x, (size, -1, *x.shape[1:])) for x in made), (True,) * 4
+
+    return call
+
+
+def _launch(
+    scalars: Array,
+    left: Array,
+    a: Array,
+    right: Array,
+    b: Array,
+    mu: Array,
+    nu: Array,
+    *,
+    rank: int,
+    cut: Tiling,
+    interpret: bool,
+) -> tuple[Array, Array, Array, Array]:
+    """(mu, nu, h_a, h_b), from factors that are padded and multiplied by s."""
+    (pairs, m, n), width = nu.shape, a.shape[2]
+    parts = m // cut.stretch, n // cut.columns
     tall = functools.partial(pl.BlockSpec, index_map=lambda p, i, j: (p, i, 0))
     wide = functools.partial(pl.BlockSpec, index_map=lambda p, i, j: (p, 0, j))
     moment = pl.BlockSpec((None, cut.stretch, cut.columns), lambda p, i, j: (p, i, j))
     mu, nu, h_a, h_b = pl.pallas_call(
-        functools.partial(_program, rank=rank, cut=cut, precision=_precision(interpret)),
+        functools.partial(_program, rank=rank, cut=cut, interpret=interpret),
         grid=(pairs, *parts),
         in_specs=[
-            pl.BlockSpec(scalars.shape, lambda p, i, j: (0,)),
+            pl.BlockSpec((None, scalars.shape[1]), lambda p, i, j: (p, 0)),
             *(tall((None, cut.stretch, x.shape[2])) for x in (left, a)),
             *(wide((None, x.shape[1], cut.columns)) for x in (right, b)),
             moment,
@@ -167,8 +206,16 @@ def one_pass(
     return mu, nu, jnp.sum(h_a[..., :rank], axis=0), jnp.sum(h_b[:, :, :rank], axis=0)
 
 
-def _precision(interpret: bool) -> lax.Precision | lax.DotAlgorithmPreset:
-    return lax.Precision.HIGHEST if interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+def _rsqrt(x: Array) -> Array:
+    """1 / sqrt(x) to two units in the last place, of normal numbers."""
+    (y,) = triton.elementwise_inline_asm(
+        "rsqrt.approx.ftz.f32 $0, $1;",
+        args=[x],
+        constraints="=f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, x.dtype)],
+    )
+    return y
 
 
 def _padded(x: Array, axis: int) -> Array:
@@ -178,38 +225,63 @@ def _padded(x: Array, axis: int) -> Array:
     return jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])
 
 
-def _program(numbers, left, a, right, b, mu_in, nu_in, mu, nu, h_a, h_b, *, rank, cut, precision):
+def _program(numbers, left, a, right, b, mu_in, nu_in, mu, nu, h_a, h_b, *, rank, cut, interpret):
     """One block of columns of one stretch of rows; the arguments are references to blocks."""
-    b1, b2, new_1, new_2, correction_1, correction_2, eps = (numbers[i] for i in range(7))
+    b1, b2, new_1, new_2, inverse_1, inverse_2, eps = (numbers[i] for i in range(7))
     width = a.shape[1]
+    dot = functools.partial(_product, interpret=interpret)
+    rsqrt = lax.rsqrt if interpret else _rsqrt
     of_left, of_a = (
         [pl.ds(k, min(_CHUNK, x.shape[1])) for k in range(0, x.shape[1], _CHUNK)] for x in (left, a)
     )
     # The zeros that pad h_a need not be written: nobody reads them.
     kept = lax.broadcasted_iota(jnp.int32, (cut.rows, min(_CHUNK, width)), 1) < rank
 
-    def dot(x: Array, y: Array, x_axis: int, y_axis: int) -> Array:
-        return lax.dot_general(
-            x,
-            y,
-            (((x_axis,), (y_axis,)), ((), ())),
-            precision=precision,
-            preferred_element_type=jnp.float32,
-        )
+    def reader(x: Any) -> Callable[[Any], Array]:
+        """What reads a part of a wide array: at every tile, or once if there is one part."""
+        if len(of_left) > 1:
+            return lambda k: x[k, :]
+        whole = x[...]
+        return lambda k: whole
+
+    right_of, b_of = reader(right), reader(b)
 
     def tile(i: Array, sums: list[Array]) -> list[Array]:
         rows = pl.ds(i * cut.rows, cut.rows)
-        g = sum(dot(left[rows, k], right[k, :], 1, 0) for k in of_left)
+        g = sum(dot(left[rows, k], right_of(k), 1, 0) for k in of_left)
         m = (b1 * mu_in[rows, :].astype(jnp.float32) + new_1 * g).astype(mu.dtype)
         v = b2 * nu_in[rows, :] + new_2 * g * g
         mu[rows, :] = m
         nu[rows, :] = v
-        U = m.astype(jnp.float32) / correction_1 / (jnp.sqrt(v / correction_2) + eps)
+        v = v * inverse_2 + _TINY
+        root = rsqrt(v * rsqrt(v) + eps)  # of 1 / (sqrt(v^) + eps)
+        U = m.astype(jnp.float32) * inverse_1 * root * root
         for k in of_a:
-            triton.store(h_a.at[rows, k], dot(U, b[k, :], 1, 1), mask=kept)
+            triton.store(h_a.at[rows, k], dot(U, b_of(k), 1, 1), mask=kept)
         return [old + dot(a[rows, k], U, 0, 0) for k, old in zip(of_a, sums, strict=True)]
 
     sums = [jnp.zeros((min(_CHUNK, width), cut.columns), jnp.float32) for _ in of_a]
     sums = lax.fori_loop(0, cut.stretch // cut.rows, tile, sums)
     for k, x in zip(of_a, sums, strict=True):
         h_b[k, :] = x
+
+
+def _split(x: Array) -> tuple[Array, Array]:
+    """`x` as the sum of the nearest number of tf32's 10 bits, and of what is left."""
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    near = lax.bitcast_convert_type((bits + (1 << 12)) & -(1 << 13), jnp.float32)
+    return near, x - near
+
+
+def _product(x: Array, y: Array, x_axis: int, y_axis: int, *, interpret: bool) -> Array:
+    """Their product in float32, of tf32's: all but that of what is left of both."""
+    precision = lax.Precision.HIGHEST if interpret else lax.DotAlgorithmPreset.TF32_TF32_F32
+
+    def dot(x: Array, y: Array) -> Array:
+        dimensions = (((x_axis,), (y_axis,)), ((), ()))
+        return lax.dot_general(
+            x, y, dimensions, precision=precision, preferred_element_type=jnp.float32
+        )
+
+    (x, x_left), (y, y_left) = _split(x), _split(y)
+    return dot(x, y_left) + dot(x_left, y) + dot(x, y)

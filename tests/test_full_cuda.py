@@ -165,3 +165,36 @@ def test_it_lowers_to_a_triton_kernel(rank):
     with use_abstract_mesh(AbstractMesh((), (), abstract_device=gpu)):
         text = jax.jit(step).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("__gpu$xla.gpu.triton") == 1
+
+
+@pytest.mark.parametrize("most", [2**31, 100])
+def test_a_batch_of_groups_is_as_each_group_alone(kernel, monkeypatch, most):
+    """Under vmap, and under two; also where their elements are too many to be counted."""
+    rng = np.random.default_rng(0)
+
+    def arrays(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    def step(params, grads, state):
+        return lp.scale_by_lorapro_adam(SCALE, mode="full").update(grads, state, params)
+
+    runs, more = 2, 3
+    lead = (runs, more)
+    params, grads = (
+        {"q": {"lora_a": arrays(*lead, 16, 4), "lora_b": arrays(*lead, 4, 32)}} for _ in range(2)
+    )
+
+    def pick(tree, i):
+        return jax.tree.map(lambda x: x[i], tree)
+
+    init = lp.scale_by_lorapro_adam(SCALE, mode="full").init
+    flat = [jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), x) for x in (params, grads)]
+    alone = [step(*one, init(one[0])) for one in (pick(flat, i) for i in range(runs * more))]
+    monkeypatch.setattr(_full_cuda, "_MOST", most)
+    monkeypatch.setattr(_full_cuda, "tiling", lambda *sizes: Tiling(16, 32, 16, 4, 1))
+    state = jax.vmap(jax.vmap(init))(params)
+    made = jax.jit(jax.vmap(jax.vmap(step)))(params, grads, state)
+    made = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), made)
+    for i, one in enumerate(alone):
+        for x, y in zip(*map(jax.tree.leaves, (pick(made, i), one)), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
