@@ -33,7 +33,6 @@ from lorapro_jax._sharding import possible_shards
 
 _LEAST = 16  # columns of a factor that the matrix units take
 _CHUNK = 64  # columns of a factor in one product: more would not fit the registers
-_TINY = float(jnp.finfo(jnp.float32).tiny)  # sqrt(v) is v / sqrt(v), also at v = 0
 _MOST = 2**31 - 1  # elements of an array: Pallas counts them in 32 bits
 
 
@@ -48,14 +47,14 @@ class Tiling(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """The scalars of a step; the differences are taken before they are rounded to float32."""
+    """The scalars of a step, each taken before it is rounded to float32."""
 
     b1: Any
     b2: Any
     new_1: Any  # 1 - b1
     new_2: Any
-    inverse_1: Any  # 1 / (1 - b1**count)
-    inverse_2: Any
+    correction_1: Any  # 1 - b1**count
+    correction_2: Any
     eps: Any
 
 
@@ -76,7 +75,7 @@ def adam_of(p: Problem, group: Group, adam: Adam, **options: Any) -> Callable | 
         mu, nu = (jnp.reshape(x, (pairs, m, n)) for x in moments)
         s = jnp.reshape(p.s, (pairs,))
         b1, b2, eps, _ = adam
-        numbers = Numbers(b1, b2, 1 - b1, 1 - b2, 1 / (1 - b1**count), 1 / (1 - b2**count), eps)
+        numbers = Numbers(b1, b2, 1 - b1, 1 - b2, 1 - b1**count, 1 - b2**count, eps)
         made = one_pass(a, b, da, db, s, mu, nu, numbers, cut, **options)
         return tuple(
             jnp.reshape(x, like.shape) for x, like in zip(made, (*moments, *taken), strict=True)
@@ -94,10 +93,10 @@ def supported() -> bool:
 
 def tiling(pairs: int, m: int, n: int, rank: int) -> Tiling | None:
     """How to cut kernels of this shape; None if no tile divides them, or they are too large."""
-    rows, columns = _dividing(m, (64, 32, 16)), _dividing(n, (32,) if rank <= 16 else (64, 32))
+    rows, columns = _dividing(m, (64, 32, 16)), _dividing(n, (64, 32))
     if rows is None or columns is None or pairs * m * n > _MOST:
         return None
-    return Tiling(rows, columns, _stretch(m, rows), 4, 1)
+    return Tiling(rows, columns, _stretch(m, rows), 4, 2 if rank <= 16 else 1)
 
 
 def _dividing(size: int, choices: tuple[int, ...]) -> int | None:
@@ -127,14 +126,20 @@ def one_pass(
 
     All but mu are float32. `interpret` runs the kernel's program without a GPU.
     """
-    rank, scale = a.shape[2], s[:, None, None]
-    scalars = jnp.stack([jnp.asarray(x, jnp.float32) for x in (*numbers, 0)])  # a power of two
+    rank, scale, root = a.shape[2], s[:, None, None], numbers.correction_2**0.5
+    # What a tile would multiply all of its entries by, its factors are multiplied by before.
+    scalars = _float32(numbers.b1, numbers.b2, numbers.new_2 / numbers.new_1**2, numbers.eps * root)
     scalars = jnp.broadcast_to(scalars, (len(s), *scalars.shape))
-    left = _padded(jnp.concatenate([da, a], axis=2) * scale, 2)
+    of_g, of_U = _float32(numbers.new_1, root / numbers.correction_1)
+    left = _padded(jnp.concatenate([da, a], axis=2) * (scale * of_g), 2)
     right = _padded(jnp.concatenate([b, db], axis=1), 1)
-    a, b = _padded(a * scale, 2), _padded(b * scale, 1)
+    a, b = _padded(a * (scale * of_U), 2), _padded(b * (scale * of_U), 1)
     kernel = _batchable(functools.partial(_launch, rank=rank, cut=cut, interpret=interpret))
     return kernel(scalars, left, a, right, b, mu, nu)
+
+
+def _float32(*numbers: Any) -> Float[Array, "k"]:
+    return jnp.stack([jnp.asarray(x, jnp.float32) for x in numbers])
 
 
 def _batchable(kernel: Callable) -> Callable:
@@ -206,10 +211,10 @@ def _launch(
     return mu, nu, jnp.sum(h_a[..., :rank], axis=0), jnp.sum(h_b[:, :, :rank], axis=0)
 
 
-def _rsqrt(x: Array) -> Array:
-    """1 / sqrt(x) to two units in the last place, of normal numbers."""
+def _approximate(name: str, x: Array) -> Array:
+    """`name`, a function of the GPU, to two units in the last place."""
     (y,) = triton.elementwise_inline_asm(
-        "rsqrt.approx.ftz.f32 $0, $1;",
+        f"{name}.approx.ftz.f32 $0, $1;",
         args=[x],
         constraints="=f,f",
         pack=1,
@@ -227,10 +232,12 @@ def _padded(x: Array, axis: int) -> Array:
 
 def _program(numbers, left, a, right, b, mu_in, nu_in, mu, nu, h_a, h_b, *, rank, cut, interpret):
     """One block of columns of one stretch of rows; the arguments are references to blocks."""
-    b1, b2, new_1, new_2, inverse_1, inverse_2, eps = (numbers[i] for i in range(7))
+    b1, b2, new, eps = (numbers[i] for i in range(4))
     width = a.shape[1]
     dot = functools.partial(_product, interpret=interpret)
-    rsqrt = lax.rsqrt if interpret else _rsqrt
+    sqrt, rcp = (functools.partial(_approximate, name) for name in ("sqrt", "rcp"))
+    if interpret:
+        sqrt, rcp = lax.sqrt, lambda x: 1 / x
     of_left, of_a = (
         [pl.ds(k, min(_CHUNK, x.shape[1])) for k in range(0, x.shape[1], _CHUNK)] for x in (left, a)
     )
@@ -249,15 +256,13 @@ def _program(numbers, left, a, right, b, mu_in, nu_in, mu, nu, h_a, h_b, *, rank
     def tile(i: Array, sums: list[Array]) -> list[Array]:
         rows = pl.ds(i * cut.rows, cut.rows)
         g = sum(dot(left[rows, k], right_of(k), 1, 0) for k in of_left)
-        m = (b1 * mu_in[rows, :].astype(jnp.float32) + new_1 * g).astype(mu.dtype)
-        v = b2 * nu_in[rows, :] + new_2 * g * g
+        m = (b1 * mu_in[rows, :].astype(jnp.float32) + g).astype(mu.dtype)
+        v = b2 * nu_in[rows, :] + new * (g * g)
         mu[rows, :] = m
         nu[rows, :] = v
-        v = v * inverse_2 + _TINY
-        root = rsqrt(v * rsqrt(v) + eps)  # of 1 / (sqrt(v^) + eps)
-        U = m.astype(jnp.float32) * inverse_1 * root * root
+        U = m.astype(jnp.float32) * rcp(sqrt(v) + eps)
         for k in of_a:
-            triton.store(h_a.at[rows, k], dot(U, b_of(k), 1, 1), mask=kept)
+            triton.store(h_a.at[rows, k], dot(b_of(k), U, 1, 1).T, mask=kept)
         return [old + dot(a[rows, k], U, 0, 0) for k, old in zip(of_a, sums, strict=True)]
 
     sums = [jnp.zeros((min(_CHUNK, width), cut.columns), jnp.float32) for _ in of_a]
