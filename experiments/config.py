@@ -13,7 +13,7 @@ import math
 import os
 import pathlib
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import tyro
 
@@ -144,14 +144,9 @@ class RunConfig(Training):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Command(Training):
-    """Fine-tune a pretrained model by several methods and compare them.
+class Grid(Training):
+    """Runs of several methods, learning rates and seeds, and where they read and write."""
 
-    Example: python -m experiments.finetune --methods full,lora,lorapro-factored
-    """
-
-    config: Literal["minilm", "t5_glue"] = "minilm"
-    """Which defaults the other flags have: those of the main job, or of the paper's GLUE table."""
     smoke: bool = False
     """A few seconds of the same on a random tiny model, and on pydoc unless there is --data-dir."""
     methods: Annotated[tuple[str, ...], _list_of(str, "NAME,NAME,...")] = (
@@ -170,6 +165,17 @@ class Command(Training):
     """Where the prepared GLUE tasks are, a folder or gs://...; pydoc needs none."""
     out: Annotated[storage.Path, _PATH] = pathlib.Path("runs/finetune")
     """Folder of the run folders, results.jsonl and the plots; or gs://..., which needs gcsfs."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command(Grid):
+    """Fine-tune a pretrained model by several methods and compare them.
+
+    Example: python -m experiments.finetune --methods full,lora,lorapro-factored
+    """
+
+    config: Literal["minilm", "t5_glue"] = "minilm"
+    """Which defaults the other flags have: those of the main job, or of the paper's GLUE table."""
     checkpoint_every: int = 100
     """Steps between checkpoints, written while training goes on; 0: none before the end."""
     keep: int = 2
@@ -201,6 +207,8 @@ class Command(Training):
     timeout: int = 100
     """Seconds without a sign of life after which a process counts as dead, and all end."""
 
+
+AnyGrid = TypeVar("AnyGrid", bound=Grid)
 
 # The paper's table is T5-base on cola, mrpc, sst2, qnli and mnli (--task), all methods at one rate.
 CONFIGS = {
@@ -238,7 +246,7 @@ def _with_environment(command: Command) -> Command:
     return dataclasses.replace(command, distributed=True, **left)
 
 
-def shrunk(command: Command) -> Command:
+def shrunk(command: AnyGrid) -> AnyGrid:
     """The command with --smoke carried out: the same methods on next to nothing."""
     if not command.smoke:
         return command
@@ -256,12 +264,16 @@ def shrunk(command: Command) -> Command:
     )
 
 
-def runs(command: Command) -> list[RunConfig]:
+def runs(command: Grid) -> list[RunConfig]:
     """The runs that a command stands for, in order; raises ValueError for what cannot be run."""
     shared = {f.name: getattr(command, f.name) for f in dataclasses.fields(Training)}
     if command.epochs is None:
         shared["epochs"] = EPOCHS.get(command.task, PAPER_EPOCHS)
-    _check_command(command)
+    checks.different("--methods", command.methods)
+    checks.different("--learning-rates", command.learning_rates or ())
+    checks.different("--seeds", command.seeds)
+    if isinstance(command, Command):
+        _check_command(command)
     grid = [
         RunConfig(**shared, method=method, learning_rate=rate, seed=seed)
         for method in command.methods
@@ -274,9 +286,6 @@ def runs(command: Command) -> list[RunConfig]:
 
 
 def _check_command(command: Command) -> None:
-    checks.different("--methods", command.methods)
-    checks.different("--learning-rates", command.learning_rates or ())
-    checks.different("--seeds", command.seeds)
     for flag, value, least in (
         ("--checkpoint-every", command.checkpoint_every, 0),
         ("--keep", command.keep, 1),

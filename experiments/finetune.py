@@ -40,7 +40,7 @@ from experiments import (
     storage,
     train,
 )
-from experiments.config import Command, RunConfig
+from experiments.config import Command, Grid, RunConfig
 from experiments.devices import Devices
 from experiments.provenance import provenance
 from experiments.summary import summarise
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         checked_runs(command)  # before the process waits for others
         hosts.connect(command)
         with preemption.noticed() as told_to_end:
-            failed = compare(Session(command, devices.of(command), _console(), told_to_end))
+            failed = compare(Session(command, devices.of(command), terminal(), told_to_end))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -80,7 +80,8 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def _console() -> rich.console.Console:
+def terminal() -> rich.console.Console:
+    """Where what goes on is shown."""
     console = rich.console.Console(quiet=not hosts.is_first())
     if not console.is_terminal:
         console.width = 140  # a pipe has no width; 80 would cut the table
@@ -95,6 +96,12 @@ def compare(session: Session) -> int:
         results.append(run_or_read(run, session, f"[{number}/{len(grid)}] {run.folder_name}"))
         if "diverged" in results[-1]:
             print(divergence(results[-1], out / run.folder_name), file=sys.stderr)
+    show(results, out, console)
+    return sum("diverged" in result for result in results)
+
+
+def show(results: list[dict[str, Any]], out: storage.Path, console: rich.console.Console) -> None:
+    """Shows the table of these results; writes the file of all that are in `out`, and the plots."""
     rows = summarise(results)
     made = hosts.once(lambda: [checkpoint.collect(out), *plots.draw(rows, out).values()])
     console.print(report.rich_table(rows))
@@ -102,20 +109,22 @@ def compare(session: Session) -> int:
         console.print(report.rich_sensitivity(table))
     for path in made:
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
-    return sum("diverged" in result for result in results)
 
 
 def divergence(result: dict[str, Any], folder: storage.Path) -> str:
     """What happened to a run that diverged, where to look, and what to do."""
+    record, ids = folder / checkpoint.RESULT, "the ids of the step's examples"
+    left = f"{record} has {ids}"
+    if "checkpoint" in result:  # runs trained together have none
+        left = f"{folder / result['checkpoint']} has the parameters before that, {record} {ids}"
     return (
         f"error: {folder.name} diverged: {result['reason']}; try lower --learning-rates, a longer "
-        f"--warmup-ratio or a smaller --clip-norm. {folder / result['checkpoint']} has the "
-        f"parameters before that, {folder / checkpoint.RESULT} the ids of the step's examples. The "
-        f"run is not made again: for that, delete {folder}"
+        f"--warmup-ratio or a smaller --clip-norm. {left}. The run is not made again: for that, "
+        f"delete {folder}"
     )
 
 
-def checked_runs(command: Command) -> list[RunConfig]:
+def checked_runs(command: Grid) -> list[RunConfig]:
     """The command's runs, once every name and number in them is known to be good."""
     for name in command.methods:
         methods.get(name)

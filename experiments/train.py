@@ -82,6 +82,24 @@ class History:
     step_memory_bytes: int = 0  # of the largest compiled step
     data: dict | None = None  # the state of the iterator over the batches
 
+    def add_step(self, loss: float, norm: float, steps: int) -> None:
+        """Adds what the next of all `steps` measured; a DivergedError if it is not finite."""
+        number = len(self.losses) + 1
+        self._check("the training loss", loss, number, number - 1, steps)
+        self._check("the norm of the gradient", norm, number, number - 1, steps)
+        self.losses.append(loss)
+        self.gradient_norms.append(norm)
+
+    def add_evaluation(self, done: int, scores: dict[str, float], steps: int) -> None:
+        """Adds the scores after `done` of all `steps`; a DivergedError if the loss is NaN or so."""
+        self._check("the validation loss", scores["loss"], done, done, steps)
+        self.evaluations.append({"step": done} | scores)
+
+    def _check(self, what: str, value: float, number: int, before: int, steps: int) -> None:
+        if not math.isfinite(value):
+            where = f"at step {number} of {steps}"
+            raise DivergedError(f"{what} is {value} {where}", number, before, self)
+
 
 class Clock:
     """Wall-clock seconds by activity, added to a dict that a checkpoint keeps."""
@@ -234,18 +252,8 @@ class _Loop:
         while len(self.pending) > leave:
             loss, norm = map(float, self.pending.popleft())
             self.clock.tick()
-            number = len(self.history.losses) + 1
-            self.stop_unless_finite("the training loss", loss, number, number - 1)
-            self.stop_unless_finite("the norm of the gradient", norm, number, number - 1)
-            self.history.losses.append(loss)
-            self.history.gradient_norms.append(norm)
+            self.history.add_step(loss, norm, len(self.setup.batches))
             self.observe(self.history)
-
-    def stop_unless_finite(self, what: str, value: float, number: int, before: int) -> None:
-        """Raises DivergedError for a value that is NaN or infinite."""
-        if not math.isfinite(value):
-            where = f"at step {number} of {len(self.setup.batches)}"
-            raise DivergedError(f"{what} is {value} {where}", number, before, self.history)
 
     def evaluate(self, params, done: int) -> None:
         """Measures the validation split."""
@@ -257,8 +265,7 @@ class _Loop:
                 self.setup.devices.gather,
             )
             scores = evaluate.metrics(logits, labels)
-        self.stop_unless_finite("the validation loss", scores["loss"], done, done)
-        self.history.evaluations.append({"step": done} | scores)
+        self.history.add_evaluation(done, scores, len(self.setup.batches))
         self.observe(self.history)
 
     def logits(self, params, batch) -> jax.Array:
