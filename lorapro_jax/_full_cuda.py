@@ -33,6 +33,7 @@ from lorapro_jax._sharding import possible_shards
 
 _LEAST = 16  # columns of a factor that the matrix units take
 _CHUNK = 64  # columns of a factor in one product: more would not fit the registers
+_MOST_RANK = 64  # at 128 XLA's form takes 0.93 of the kernel's time on an H100
 _MOST = 2**31 - 1  # elements of an array: Pallas counts them in 32 bits
 
 
@@ -94,7 +95,8 @@ def supported() -> bool:
 def tiling(pairs: int, m: int, n: int, rank: int) -> Tiling | None:
     """How to cut kernels of this shape; None if no tile divides them, or they are too large."""
     rows, columns = _dividing(m, (64, 32, 16)), _dividing(n, (64, 32))
-    if rows is None or columns is None or pairs * m * n > _MOST:
+    fits = rank <= _MOST_RANK and pairs * m * n <= _MOST
+    if rows is None or columns is None or not fits:
         return None
     return Tiling(rows, columns, _stretch(m, rows), 4, 2 if rank <= 16 else 1)
 
@@ -233,42 +235,32 @@ def _padded(x: Array, axis: int) -> Array:
 def _program(numbers, left, a, right, b, mu_in, nu_in, mu, nu, h_a, h_b, *, rank, cut, interpret):
     """One block of columns of one stretch of rows; the arguments are references to blocks."""
     b1, b2, new, eps = (numbers[i] for i in range(4))
-    width = a.shape[1]
+    depth, width = left.shape[1], a.shape[1]
+    parts = [pl.ds(k, min(_CHUNK, depth)) for k in range(0, depth, _CHUNK)]
+    # What does not change from tile to tile is read once, if there is not too much of it.
+    once = [x[...] for x in (right, b)] if len(parts) == 1 else None
+    # The zeros that pad h_a need not be written: nobody reads them.
+    kept = lax.broadcasted_iota(jnp.int32, (cut.rows, width), 1) < rank
     dot = functools.partial(_product, interpret=interpret)
     sqrt, rcp = (functools.partial(_approximate, name) for name in ("sqrt", "rcp"))
     if interpret:
         sqrt, rcp = lax.sqrt, lambda x: 1 / x
-    of_left, of_a = (
-        [pl.ds(k, min(_CHUNK, x.shape[1])) for k in range(0, x.shape[1], _CHUNK)] for x in (left, a)
-    )
-    # The zeros that pad h_a need not be written: nobody reads them.
-    kept = lax.broadcasted_iota(jnp.int32, (cut.rows, min(_CHUNK, width)), 1) < rank
 
-    def reader(x: Any) -> Callable[[Any], Array]:
-        """What reads a part of a wide array: at every tile, or once if there is one part."""
-        if len(of_left) > 1:
-            return lambda k: x[k, :]
-        whole = x[...]
-        return lambda k: whole
-
-    right_of, b_of = reader(right), reader(b)
-
-    def tile(i: Array, sums: list[Array]) -> list[Array]:
+    def tile(i: Array, total: Array) -> Array:
         rows = pl.ds(i * cut.rows, cut.rows)
-        g = sum(dot(left[rows, k], right_of(k), 1, 0) for k in of_left)
+        rights, b_own = ([once[0]], once[1]) if once else ([right[k, :] for k in parts], b[...])
+        g = sum(dot(left[rows, k], x, 1, 0) for k, x in zip(parts, rights, strict=True))
         m = (b1 * mu_in[rows, :].astype(jnp.float32) + g).astype(mu.dtype)
         v = b2 * nu_in[rows, :] + new * (g * g)
         mu[rows, :] = m
         nu[rows, :] = v
         U = m.astype(jnp.float32) * rcp(sqrt(v) + eps)
-        for k in of_a:
-            triton.store(h_a.at[rows, k], dot(b_of(k), U, 1, 1).T, mask=kept)
-        return [old + dot(a[rows, k], U, 0, 0) for k, old in zip(of_a, sums, strict=True)]
+        # U comes second in both products: its entries are handed round once, for either.
+        triton.store(h_a.at[rows, :], dot(b_own, U, 1, 1).T, mask=kept)
+        return total + dot(a[rows, :], U, 0, 0)
 
-    sums = [jnp.zeros((min(_CHUNK, width), cut.columns), jnp.float32) for _ in of_a]
-    sums = lax.fori_loop(0, cut.stretch // cut.rows, tile, sums)
-    for k, x in zip(of_a, sums, strict=True):
-        h_b[k, :] = x
+    zeros = jnp.zeros((width, cut.columns), jnp.float32)
+    h_b[...] = lax.fori_loop(0, cut.stretch // cut.rows, tile, zeros)
 
 
 def _split(x: Array) -> tuple[Array, Array]:

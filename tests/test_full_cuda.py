@@ -20,7 +20,7 @@ CASES = {
     "several stretches": ((96,), (64,), 8, (), Tiling(16, 32, 32, 4, 1)),
     "batch axes": ((32,), (64,), 3, (2, 2), None),
     "several axes": ((8, 4), (4, 16), 5, (), None),
-    "rank of several products": ((144,), (160,), 100, (), None),
+    "rank of several products": ((48,), (96,), 40, (), None),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
@@ -138,10 +138,12 @@ def test_a_cut_divides_its_shape():
             assert m % cut.stretch == cut.stretch % cut.rows == n % cut.columns == 0
 
 
-@pytest.mark.parametrize("sizes", [(1, 17, 64), (1, 64, 33), (2**15, 2**8, 2**8)])
+@pytest.mark.parametrize(
+    "sizes", [(1, 17, 64, 8), (1, 64, 33, 8), (2**15, 2**8, 2**8, 8), (1, 64, 64, 65)]
+)
 def test_shapes_that_it_does_not_take(sizes):
-    """No tile divides them, or their elements are too many to be counted in 32 bits."""
-    assert _full_cuda.tiling(*sizes, 8) is None
+    """No tile divides them, their elements are too many for 32 bits, or their rank is too large."""
+    assert _full_cuda.tiling(*sizes) is None
 
 
 def test_only_a_gpu_gets_it():
@@ -149,7 +151,7 @@ def test_only_a_gpu_gets_it():
 
 
 @pytest.mark.filterwarnings("default:The Pallas Triton backend:DeprecationWarning")
-@pytest.mark.parametrize("rank", [8, 64, 128])
+@pytest.mark.parametrize("rank", [8, 64])
 def test_it_lowers_to_a_triton_kernel(rank):
     """As far as a machine without a GPU can tell."""
     m, n = 256, 512

@@ -44,6 +44,11 @@ TITLES = {
     "bench_full_pass": "Full mode's update of one pair against one pass over its two moments "
     "(`floor`), the four products that make and project g~ without any moment (`products`), and as "
     "many operations in square products (`square`).",
+    "bench_gpu": "One update on a GPU. Above, full mode of one pair, everything included, against "
+    "a pass that reads and writes its two moments (`floor`), with the kernel and as XLA does it in "
+    "blocks; the last column is the bandwidth, of 16 m n bytes, over a copy's. Below, whole steps "
+    "of T5-base's 192 pairs by the time that the device was busy; `call` is the time of a step "
+    "that is waited for, mostly the host's.",
     "bench_first_steps": "||s a b - T||² / 2 from a badly conditioned start, four ranks and four "
     "sizes of b: in how many of 16 runs (of 4, dense) the loss fell in each of the first 30 steps, "
     "and the largest rise of one step over the initial loss where it did not.",
@@ -125,6 +130,32 @@ def shapes_table(rows: list[dict]) -> str:
     lines = [[v, *(found.get((*key, v), "") for key in keys)] for v in variants]
     heads = ["time ~ x ** exponent", *(f"{of}, {model}" for of, model in keys)]
     return "\n\n".join([made, markdown(heads, lines)])
+
+
+def gpu_table(rows: list[dict]) -> str:
+    """Both parts of `experiments.bench.gpu`."""
+    passes = [r for r in rows if r["bench"] == "gpu_pass"]
+    (copied,) = (r["gb_s"] for r in passes if r["variant"] == "copy")
+    cells = []
+    for m, n, rank in dict.fromkeys((r["m"], r["n"], r["rank"]) for r in passes if r["m"]):
+        own = {r["variant"]: r for r in passes[1:] if (r["m"], r["n"], r["rank"]) == (m, n, rank)}
+        times = [cell(1e3 * own[v]["median_s"]) for v in ("floor", "full", "blocks")]
+        ratios = [cell(own[v]["ratio_to_floor"]) for v in ("full", "blocks")]
+        share = own["full"]["gb_s"] / copied
+        cells.append([f"{m:,} x {n:,}", str(rank), *times, *ratios, f"{share:.0%}"])
+    heads = ["floor ms", "full ms", "blocks ms", "full / floor", "blocks / floor", "of a copy's"]
+    made = markdown(["pair", "rank", *heads], cells)
+    updates = [r for r in rows if r["bench"] == "gpu_update"]
+    cells = [
+        [
+            *(r["model"], str(r["rank"]), r["variant"], cell(1e3 * r["device_s"])),
+            *(cell(r["device_over_adamw"]), f"{r['kernels']:.0f}", cell(1e3 * r["call_s"])),
+            f"{r['state_bytes'] / 1e6:.1f}",
+        ]
+        for r in updates
+    ]
+    heads = ["model", "rank", "variant", "device ms", "/ adamw", "kernels", "call ms", "state MB"]
+    return "\n\n".join([made, markdown(heads, cells)])
 
 
 def t5_step_table(rows: list[dict]) -> str:
@@ -246,6 +277,7 @@ MADE_BY = {  # others: `table`
     "bench_accuracy": accuracy_table,
     "bench_choices": choices_table,
     "bench_first_steps": first_steps_table,
+    "bench_gpu": gpu_table,
     "bench_shapes": shapes_table,
     "bench_t5_step": t5_step_table,
 }
