@@ -199,7 +199,9 @@ def by_rate(ax: Axes, rows: Sequence[Row], name: str = "metric") -> None:
     ax.set_ylabel(f"validation {what}, mean ± s.e.")
     seeds = sorted({row.n for row in rows})
     crosses = "; x: diverged" if any(row.diverged for row in rows) else ""
-    ax.set_title(f"{rows[0].task}, n = {'-'.join(map(str, seeds))}{crosses}", fontsize=10)
+    examples = f"{rows[0].records[0]['train_examples']:,} examples"
+    count = "-".join(map(str, seeds))
+    ax.set_title(f"{rows[0].task}, {examples}, n = {count}{crosses}", fontsize=10)
     ax.grid(alpha=0.25)
 
 
