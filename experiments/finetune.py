@@ -242,12 +242,18 @@ def replay(
     saved.wait()
     setup, params = prepare.build(run, loaded, shared_by)
     train.train(setup, params, saved, train.Rhythm(last=diverged.before))
-    found = {"checkpoint": f"{checkpoint.CHECKPOINTS}/{diverged.before}"}
-    if diverged.before < diverged.step:  # not in the validation
-        batch = shared_by.shard(setup.batches[diverged.step - 1])
-        ids = shared_by.gather(batch["ids"]).tolist()
-        found |= {"batch_ids": [number for number in ids if number >= 0]}
-    return found
+    return {"checkpoint": f"{checkpoint.CHECKPOINTS}/{diverged.before}"} | batch_ids(
+        setup, diverged
+    )
+
+
+def batch_ids(setup: train.Setup, diverged: train.DivergedError) -> dict[str, list[int]]:
+    """The ids of the examples of the step that went wrong; nothing if that was the validation."""
+    if diverged.before == diverged.step:
+        return {}
+    batch = setup.devices.shard(setup.batches[diverged.step - 1])
+    ids = setup.devices.gather(batch["ids"]).tolist()
+    return {"batch_ids": [number for number in ids if number >= 0]}
 
 
 def sizes_of(setup: train.Setup, params: nnx.State) -> dict[str, int]:

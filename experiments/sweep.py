@@ -125,7 +125,7 @@ def trained(
     about |= {"devices": 1, "together": len(runs), "provenance": provenance()}
     return [
         finetune.summary(run, loaded[place], *outcome)
-        | evidence(group.setups[place], outcome.diverged)
+        | (finetune.batch_ids(group.setups[place], outcome.diverged) if outcome.diverged else {})
         | about
         for run, place, outcome in zip(runs, group.of_run, outcomes, strict=True)
     ]
@@ -141,14 +141,6 @@ def _joined(runs: Sequence[RunConfig], seeds: list[int], loaded: list[prepare.Da
         prepare.build(_first(runs, seed), data) for seed, data in zip(seeds, loaded, strict=True)
     ]
     return *together.join(runs, seeds, built), finetune.sizes_of(*built[0])
-
-
-def evidence(setup: together.Setup, diverged: together.DivergedError | None) -> Result:
-    """The ids of the examples at which a run diverged, unless that was in the validation."""
-    if diverged is None or diverged.before == diverged.step:
-        return {}
-    ids = setup.batches[diverged.step - 1]["ids"]
-    return {"batch_ids": ids[ids >= 0].tolist()}
 
 
 if __name__ == "__main__":

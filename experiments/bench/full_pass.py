@@ -93,8 +93,8 @@ def compiled(step: Callable, state: Any, *args: Any) -> tuple[Callable, dict]:
     return call, told
 
 
-def programs(shape: tuple[int, int], rank: int) -> dict[str, tuple[Callable, dict]]:
-    """The floors and full mode."""
+def full(shape: tuple[int, int], rank: int) -> tuple[Callable, tuple, dict, dict]:
+    """Full mode on one pair: a step, what it carries, and its other two arguments."""
     params, grads = (pair(jax.random.key(i), shape, rank) for i in range(2))
     tx = lp.scale_by_lorapro_adam(2.0, mode="full")
 
@@ -103,7 +103,12 @@ def programs(shape: tuple[int, int], rank: int) -> dict[str, tuple[Callable, dic
         updates, state = tx.update(grads, state, params)
         return state, updates
 
-    state = tx.init(params), jax.tree.map(jnp.zeros_like, params)
+    return step, (tx.init(params), jax.tree.map(jnp.zeros_like, params)), params, grads
+
+
+def programs(shape: tuple[int, int], rank: int) -> dict[str, tuple[Callable, dict]]:
+    """The floors and full mode."""
+    step, state, params, grads = full(shape, rank)
     moments = jnp.zeros(shape), jnp.zeros(shape)
     slopes = jnp.zeros((shape[0], rank)), jnp.zeros((rank, shape[1]))
     count = max(1, round(8 * rank * math.prod(shape) / (2 * SQUARE**3)))

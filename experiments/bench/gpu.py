@@ -17,7 +17,6 @@ import functools
 import pathlib
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +24,6 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-import lorapro_jax as lp
 from experiments.bench import floors, full_pass, shapes, timing, update
 from experiments.provenance import provenance
 
@@ -58,26 +56,13 @@ def chained(step: Callable, state: Any, *args: Any) -> Callable[[], None]:
     return call
 
 
-def full(shape: tuple[int, int], rank: int) -> Callable[[], None]:
-    """Full mode's direction of one pair."""
-    params, grads = (full_pass.pair(jax.random.key(i), shape, rank) for i in range(2))
-    tx = lp.scale_by_lorapro_adam(2.0, mode="full")
-
-    def step(carry, params, grads):
-        updates, state = tx.update(grads, carry[0], params)
-        return state, updates
-
-    made = chained(step, (tx.init(params), jax.tree.map(jnp.zeros_like, params)), params, grads)
-    made()  # compiles
-    return made
-
-
 def one_pass(shape: tuple[int, int], rank: int, rounds: int) -> list[dict]:
     """Full mode in both forms, and its floor."""
     moments = jnp.zeros(shape), jnp.zeros(shape)
     calls = {"floor": chained(full_pass.floor, moments, jnp.ones((), jnp.float32))}
     m, n = shape
-    calls["full"], calls["blocks"] = full(shape, rank), full((m, n + 16), rank)
+    for name, own in (("full", shape), ("blocks", (m, n + 16))):
+        calls[name] = chained(*full_pass.full(own, rank))
     rows = timing.summary(timing.by_turns(calls, rounds), "floor")
     return [per_call(row, 16 * m * n) | {"m": m, "n": n, "rank": rank} for row in rows]
 
@@ -128,12 +113,7 @@ def updates(name: str, shapes_of: list[tuple[int, int]], rank: int) -> list[dict
     made["dense floor"] = functools.partial(floors.dense_floor, shapes_of)
     for variant, make in made.items():
         call, held = make()
-        call()
-        times = []
-        for _ in range(10):
-            start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
+        times = timing.by_turns({variant: call}, 10)[variant]
         seconds, kernels = device_seconds(call)
         rows.append(
             {"variant": variant, "device_s": seconds, "kernels": kernels}

@@ -136,9 +136,11 @@ def gpu_table(rows: list[dict]) -> str:
     """Both parts of `experiments.bench.gpu`."""
     passes = [r for r in rows if r["bench"] == "gpu_pass"]
     (copied,) = (r["gb_s"] for r in passes if r["variant"] == "copy")
-    cells = []
-    for m, n, rank in dict.fromkeys((r["m"], r["n"], r["rank"]) for r in passes if r["m"]):
-        own = {r["variant"]: r for r in passes[1:] if (r["m"], r["n"], r["rank"]) == (m, n, rank)}
+    by_pair, cells = {}, []
+    for r in passes:
+        if r["variant"] != "copy":
+            by_pair.setdefault((r["m"], r["n"], r["rank"]), {})[r["variant"]] = r
+    for (m, n, rank), own in by_pair.items():
         times = [cell(1e3 * own[v]["median_s"]) for v in ("floor", "full", "blocks")]
         ratios = [cell(own[v]["ratio_to_floor"]) for v in ("full", "blocks")]
         share = own["full"]["gb_s"] / copied
