@@ -9,6 +9,7 @@ from lorapro_jax import _orthogonal, _solve
 from lorapro_jax._checks import check_between, check_one_of
 from lorapro_jax._orthogonal import Frames
 from lorapro_jax._solve import Spectrum
+from lorapro_jax._tangent import Tangent
 
 SOLVERS = ("gram", "qr")
 
@@ -45,5 +46,23 @@ class ClosedForm(NamedTuple):
         """(da, db) from the projections h_a = s G bᵀ and h_b = s aᵀ G."""
         if isinstance(known, Frames):
             return _orthogonal.step(known, h_a, h_b, s, self.x)
-        found = _solve.coefficients(known, _solve.shared_core(b, h_b), s, self.x)
-        return _solve.combine(a, b, h_a, h_b, found)
+        return _solve.combine(a, b, h_a, h_b, self._coefficients(known, b, h_b, s))
+
+    def tangent(
+        self,
+        known: Spectrum | Frames,
+        a: Float[Array, "*m r"],
+        b: Float[Array, "r *n"],
+        h_a: Float[Array, "*m r"],
+        h_b: Float[Array, "r *n"],
+        s: Float[Array, ""],
+    ) -> Tangent:
+        """g~ = s (da b + a db) of `step`, without the step."""
+        if isinstance(known, Frames):
+            W = _orthogonal.weights(known, h_a, h_b, s, self.x)
+            return Tangent(h_a, known.A, W, known.B, h_b)
+        W = _solve.weights(self._coefficients(known, b, h_b, s))
+        return Tangent(h_a, a, W, b, h_b)
+
+    def _coefficients(self, known: Spectrum, b: Array, h_b: Array, s: Array) -> _solve.Coefficients:
+        return _solve.coefficients(known, _solve.shared_core(b, h_b), s, self.x)

@@ -37,7 +37,7 @@ def efficient_rule(adam: Adam, form: ClosedForm) -> Rule:
         _, taken = first_steps(p, group, form)
         moved = [direction(g, m, v, count, adam) for g, m, v in zip(taken, mu, nu, strict=True)]
         (da, mu_a, nu_a), (db, mu_b, nu_b) = moved
-        return (da, db), (mu_a, mu_b, nu_a, nu_b)
+        return (da, db), lambda a, b: (mu_a, mu_b, nu_a, nu_b)
 
     return Rule(EfficientState, init, update)
 

@@ -20,11 +20,10 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lorapro_jax import _solve
 from lorapro_jax._batch import Adam, Group, Problem, average, factor_zeros, over_batch
 from lorapro_jax._closed_form import ClosedForm
 from lorapro_jax._pairwise import Rule
-from lorapro_jax._solve import dot, gram_left, gram_right
+from lorapro_jax._tangent import Tangent, mean_squares, of_step, seen
 
 
 class FactoredState(NamedTuple):
@@ -57,7 +56,7 @@ class Fields(NamedTuple):
 
 
 def factored_rule(adam: Adam, form: ClosedForm, *, keeps_factors: bool) -> Rule:
-    """The rule of factored mode; `keeps_factors` if nobody is going to call its `carry`."""
+    """The rule of factored mode; `keeps_factors` if it is not told the step that is taken."""
 
     def init(group: Group, leaves: Sequence[Any]) -> Fields:
         a, b = factor_zeros(group, leaves)  # the first momentum is zero wherever it is from
@@ -66,67 +65,43 @@ def factored_rule(adam: Adam, form: ClosedForm, *, keeps_factors: bool) -> Rule:
         return Fields(*mu, row, col, *((a, b) if keeps_factors else (None, None)))
 
     def update(p: Problem, group: Group, fields: tuple, count: Array):
-        step = functools.partial(_step, adam=adam, form=form)
-        return over_batch(step, group, (0, 0, None))(p, Fields(*fields), count)
-
-    def carry(p: Problem, group: Group, fields: tuple, a: Array, b: Array) -> Fields:
         old = Fields(*fields)
-        mu_a, mu_b = over_batch(carried, group)(old.mu_a, old.mu_b, p.a, p.b, a, b, p.s)
-        return old._replace(mu_a=_stored(mu_a, adam), mu_b=_stored(mu_b, adam))
+        one = functools.partial(_step, adam=adam, form=form)
+        direction, n, row, col, T = over_batch(one, group, (0, 0, None))(p, old, count)
 
-    return Rule(FactoredState, init, update, None if keeps_factors else carry, in_turn=True)
+        def new(a: Array, b: Array) -> Fields:
+            if keeps_factors:
+                return Fields(*stored(n), row, col, p.a, p.b)
+            return Fields(*stored(over_batch(seen, group)(T, a, b, p.s)), row, col, None, None)
+
+        return direction, new
+
+    def stored(mu: tuple[Array, Array]) -> tuple[Array, Array]:
+        dtype = adam.mu_dtype or mu[0].dtype
+        return mu[0].astype(dtype), mu[1].astype(dtype)
+
+    return Rule(FactoredState, init, update, in_turn=True)
 
 
 def _step(
     p: Problem, old: Fields, count: Int[Array, ""], adam: Adam, form: ClosedForm
-) -> tuple[tuple[Array, Array], Fields]:
-    """The direction of one pair and its new moments."""
+) -> tuple[tuple[Array, Array], tuple[Array, Array] | None, Array, Array, Tangent]:
+    """The direction of one pair, (n_a, n_b) if they are to be kept, the new means, and T."""
     b1, b2, eps, _ = adam
     a, b, h_a, h_b, s = p
-    solve = functools.partial(form.step, form.decompose(a, b), a, b, s=s)
-    row, col = _solve.mean_squares(a, b, *solve(h_a, h_b), s)
+    known = form.decompose(a, b)
+    row, col = mean_squares(form.tangent(known, *p), s)
     row, col = average(row, old.row, b2), average(col, old.col, b2)
     mu = old.mu_a.astype(a.dtype), old.mu_b.astype(a.dtype)
     if old.a is not None and old.b is not None:
-        mu = carried(*mu, old.a, old.b, a, b, s)
+        mu = seen(of_step(old.a, old.b, *mu), a, b, s)
     mu = average(h_a, mu[0], b1), average(h_b, mu[1], b1)
-    n_a, n_b = solve(*mu)
+    T = form.tangent(known, a, b, *mu, s)
     left, right = _scales(row, col, 1 - jnp.asarray(b2, row.dtype) ** count, eps)
     left = left / (1 - jnp.asarray(b1, row.dtype) ** count)
-    L, R = _solve.tangent(a, b, n_a, n_b)
-    direction = solve(*seen(L * left[..., None], R * right[None], a, b, s))
-    if old.a is None:  # float32 until `carry` has had them
-        return direction, Fields(n_a, n_b, row, col, None, None)
-    return direction, Fields(_stored(n_a, adam), _stored(n_b, adam), row, col, a, b)
-
-
-def _stored(mu: Array, adam: Adam) -> Array:
-    return mu if adam.mu_dtype is None else mu.astype(adam.mu_dtype)
-
-
-def carried(
-    n_a: Float[Array, "*m r"],
-    n_b: Float[Array, "r *n"],
-    a: Float[Array, "*m r"],
-    b: Float[Array, "r *n"],
-    a_new: Float[Array, "*m r"],
-    b_new: Float[Array, "r *n"],
-    s: Float[Array, ""],
-) -> tuple[Float[Array, "*m r"], Float[Array, "r *n"]]:
-    """(s T b_newᵀ, s a_newᵀ T) of T = s (n_a b + a n_b)."""
-    return seen(*_solve.tangent(a, b, n_a, n_b), a_new, b_new, s)
-
-
-def seen(
-    L: Float[Array, "*m k"],
-    R: Float[Array, "k *n"],
-    a: Float[Array, "*m r"],
-    b: Float[Array, "r *n"],
-    s: Float[Array, ""],
-) -> tuple[Float[Array, "*m r"], Float[Array, "r *n"]]:
-    """The projections (s X bᵀ, s aᵀ X) of X = s L R, as of a gradient."""
-    s2 = s * s
-    return dot(L, gram_right(R, b) * s2), dot(gram_left(a, L) * s2, R)
+    direction = form.step(known, a, b, *seen(T, a, b, s, (left, right)), s)
+    n = None if old.a is None else form.step(known, a, b, *mu, s)
+    return direction, n, row, col, T
 
 
 def _scales(

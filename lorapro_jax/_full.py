@@ -64,7 +64,8 @@ def full_rule(adam: Adam, form: ClosedForm) -> Rule:
     def update(p: Problem, group: Group, moments: tuple, count: Array):
         known, (da, db) = first_steps(p, group, form)
         mu, nu, h_a, h_b = _adam(p, group, (da, db), moments, count, adam)
-        return steps(p._replace(h_a=h_a, h_b=h_b), group, known, form), (mu, nu)
+        step = steps(p._replace(h_a=h_a, h_b=h_b), group, known, form)
+        return step, lambda a, b: (mu, nu)
 
     return Rule(FullState, init, update)
 

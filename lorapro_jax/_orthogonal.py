@@ -123,6 +123,24 @@ def step(
     return dot(da, (f.V * (Q_inv / s2)[None, :]).T), dot(f.U * (P_inv / s2)[None, :], db)
 
 
+def weights(
+    f: Frames,
+    h_a: Float[Array, "*m r"],
+    h_b: Float[Array, "r *n"],
+    s: Float[Array, ""],
+    x: str = "sylvester",
+) -> Float[Array, "k k"]:
+    """W of g~ = s [h_a | Â] W [B̂ᵀ; h_b]: see `_tangent`."""
+    P_inv = _inverse(f.sigma * f.sigma + f.damping)
+    Q_inv = _inverse(f.tau * f.tau + f.damping)
+    F_a, F_b = _left_to_the_other(x, f, P_inv, Q_inv)
+    core_a, core_b = dot(gram_left(f.A, h_a), f.V), dot(f.U.T, gram_right(h_b, f.B))
+    s2 = (s * s).astype(h_a.dtype)
+    of_a, of_b = (f.tau * Q_inv / s2)[None, :], (f.sigma * P_inv / s2)[:, None]
+    core = F_a * core_a * of_a + F_b * core_b * of_b
+    return jnp.block([[f.V * of_a, jnp.zeros_like(core)], [-core, of_b * f.U.T]])
+
+
 def solve(
     a: Float[Array, "*m r"],
     b: Float[Array, "r *n"],

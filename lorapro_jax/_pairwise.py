@@ -39,10 +39,11 @@ class Rule(NamedTuple):
     state: Any  # NamedTuple type: count, then fields by group, then rest
     init: Callable[[Group, Sequence[Any]], tuple[Any, ...]]  # a group's fields, from all leaves
     update: Callable[
-        [Problem, Group, tuple[Any, ...], Array], tuple[tuple[Array, Array], tuple[Any, ...]]
-    ]  # ((da, db), new fields) of a group; the last argument is the number of this step, from 1
-    carry: Callable[..., tuple[Any, ...]] | None = None
-    # (problem, group, new fields, new a, new b) -> the fields as they are at the new factors
+        [Problem, Group, tuple[Any, ...], Array],
+        tuple[tuple[Array, Array], Callable[[Array, Array], tuple[Any, ...]]],
+    ]
+    # ((da, db), (new a, new b) -> new fields) of a group; the last argument is the number of this
+    # step, from 1. Where the step is not known, a direction stands in its place.
     in_turn: bool = False  # whether a CPU should take one group after the other: see `after`
 
 
@@ -123,9 +124,7 @@ def _one_group(
     step, new = rule.update(p, group, old, count)
     if taken is not None:
         step = _take(p, group, step, count - 1, taken)
-        if rule.carry is not None:
-            new = rule.carry(p, group, new, p.a + step[0], p.b + step[1])
-    return step, new
+    return step, new(p.a + step[0], p.b + step[1])
 
 
 def by_field(by_group: dict[str, tuple[Any, ...]], count: int) -> list[dict[str, Any]]:

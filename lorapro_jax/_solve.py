@@ -147,6 +147,11 @@ def combine(
     return dot(h_a, c.H_a) + dot(a, c.C_a), dot(c.H_b, h_b) + dot(c.C_b, b)
 
 
+def weights(c: Coefficients) -> Float[Array, "k k"]:
+    """W of g~ = s [h_a | a] W [b; h_b]: see `_tangent`."""
+    return jnp.block([[c.H_a, jnp.zeros_like(c.H_a)], [c.C_a + c.C_b, c.H_b]])
+
+
 def solve(
     a: Float[Array, "*m r"],
     b: Float[Array, "r *n"],
@@ -196,24 +201,3 @@ def project(
     h_a = contract(U, b * s.astype(b.dtype), cols, list(range(1, n + 1)), like=a)
     h_b = contract(a * s.astype(a.dtype), U, rows, rows, like=b)
     return h_a, h_b
-
-
-def mean_squares(
-    a: Float[Array, "*m r"],
-    b: Float[Array, "r *n"],
-    da: Float[Array, "*m r"],
-    db: Float[Array, "r *n"],
-    s: Float[Array, ""],
-) -> tuple[Float[Array, "*m"], Float[Array, "*n"]]:
-    """Row and column means of g~² in O((m + n) r²), without the (m, n) array.
-
-    Those of s² (da b + a db)² are sums of three quadratic forms in the rows of da and a, and in the
-    columns of db and b. P and Q are as in `spectrum`: XLA forms them once.
-    """
-    m, n = a.size // a.shape[-1], b.size // b.shape[0]
-    P, Q = grams(a, b)
-    in_a = da * (dot(da, Q) + dot(a, 2 * gram_right(db, b))) + a * dot(a, gram_right(db, db))
-    in_b = db * (dot(P, db) + dot(2 * gram_left(a, da), b)) + b * dot(gram_left(da, da), b)
-    row = jnp.sum(in_a, axis=-1) * (s * s / n).astype(a.dtype)
-    col = jnp.sum(in_b, axis=0) * (s * s / m).astype(a.dtype)
-    return jnp.maximum(row, 0), jnp.maximum(col, 0)  # sums of squares, but for rounding
