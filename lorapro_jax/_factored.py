@@ -67,11 +67,11 @@ def factored_rule(adam: Adam, form: ClosedForm, *, keeps_factors: bool) -> Rule:
     def update(p: Problem, group: Group, fields: tuple, count: Array):
         old = Fields(*fields)
         one = functools.partial(_step, adam=adam, form=form)
-        direction, n, row, col, T = over_batch(one, group, (0, 0, None))(p, old, count)
+        direction, row, col, T = over_batch(one, group, (0, 0, None))(p, old, count)
 
         def new(a: Array, b: Array) -> Fields:
             if keeps_factors:
-                return Fields(*stored(n), row, col, p.a, p.b)
+                return Fields(*stored((T.x, T.y)), row, col, p.a, p.b)
             return Fields(*stored(over_batch(seen, group)(T, a, b, p.s)), row, col, None, None)
 
         return direction, new
@@ -85,8 +85,8 @@ def factored_rule(adam: Adam, form: ClosedForm, *, keeps_factors: bool) -> Rule:
 
 def _step(
     p: Problem, old: Fields, count: Int[Array, ""], adam: Adam, form: ClosedForm
-) -> tuple[tuple[Array, Array], tuple[Array, Array] | None, Array, Array, Tangent]:
-    """The direction of one pair, (n_a, n_b) if they are to be kept, the new means, and T."""
+) -> tuple[tuple[Array, Array], Array, Array, Tangent]:
+    """The direction of one pair, the new means, and T; by (n_a, n_b) where these are kept."""
     b1, b2, eps, _ = adam
     a, b, h_a, h_b, s = p
     known = form.decompose(a, b)
@@ -96,12 +96,14 @@ def _step(
     if old.a is not None and old.b is not None:
         mu = seen(of_step(old.a, old.b, *mu), a, b, s)
     mu = average(h_a, mu[0], b1), average(h_b, mu[1], b1)
-    T = form.tangent(known, a, b, *mu, s)
+    if old.a is None:
+        T = form.tangent(known, a, b, *mu, s)
+    else:
+        T = of_step(a, b, *form.step(known, a, b, *mu, s))
     left, right = _scales(row, col, 1 - jnp.asarray(b2, row.dtype) ** count, eps)
     left = left / (1 - jnp.asarray(b1, row.dtype) ** count)
     direction = form.step(known, a, b, *seen(T, a, b, s, (left, right)), s)
-    n = None if old.a is None else form.step(known, a, b, *mu, s)
-    return direction, n, row, col, T
+    return direction, row, col, T
 
 
 def _scales(

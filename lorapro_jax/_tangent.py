@@ -23,7 +23,7 @@ class Tangent(NamedTuple):
 
     x: Float[Array, "*m r"]
     A: Float[Array, "*m r"]  # spans what a spans
-    W: Float[Array, "k k"]  # k = 2 r
+    W: Float[Array, "k k"] | None  # k = 2 r; None: 1
     B: Float[Array, "r *n"]  # spans what b spans
     y: Float[Array, "r *n"]
 
@@ -35,7 +35,7 @@ def of_step(
     db: Float[Array, "r *n"],
 ) -> Tangent:
     """s (da b + a db)."""
-    return Tangent(da, a, jnp.eye(2 * len(b), dtype=a.dtype), b, db)
+    return Tangent(da, a, None, b, db)
 
 
 def mean_squares(T: Tangent, s: Float[Array, ""]) -> tuple[Float[Array, "*m"], Float[Array, "*n"]]:
@@ -50,7 +50,9 @@ def mean_squares(T: Tangent, s: Float[Array, ""]) -> tuple[Float[Array, "*m"], F
     xA, yB = gram_left(x, A), gram_right(y, B)
     left = jnp.block([[gram_left(x, x), xA], [xA.T, gram_left(A, A)]])
     right = jnp.block([[gram_right(B, B), yB.T], [yB, gram_right(y, y)]])
-    K, N = dot(dot(W, right), W.T), dot(W.T, dot(left, W))
+    K, N = right, left
+    if W is not None:
+        K, N = dot(dot(W, right), W.T), dot(W.T, dot(left, W))
     of_rows = x * (dot(x, K[:r, :r]) + dot(A, 2 * K[r:, :r])) + A * dot(A, K[r:, r:])
     of_cols = y * (dot(N[r:, r:], y) + dot(2 * N[r:, :r], B)) + B * dot(N[:r, :r], B)
     row = jnp.sum(of_rows, axis=-1) * (s * s / n).astype(x.dtype)
@@ -70,12 +72,13 @@ def seen(
     `scales` are the diagonals of D_l and D_r. (a, b) need not be where T is tangent.
     """
     x, A, W, B, y = T
-    r = len(B)
+    r, s2 = len(B), (s * s).astype(x.dtype)
     if scales is not None:
         a, b = a * scales[0][..., None], b * scales[1][None]
-    W = W * (s * s).astype(W.dtype)
-    R = dot(W, jnp.concatenate([gram_right(B, b), gram_right(y, b)], axis=0))
-    L = dot(jnp.concatenate([gram_left(a, x), gram_left(a, A)], axis=1), W)
+    R = jnp.concatenate([gram_right(B, b), gram_right(y, b)], axis=0) * s2
+    L = jnp.concatenate([gram_left(a, x), gram_left(a, A)], axis=1) * s2
+    if W is not None:
+        R, L = dot(W, R), dot(L, W)
     h_a, h_b = dot(x, R[:r]) + dot(A, R[r:]), dot(L[:, :r], B) + dot(L[:, r:], y)
     if scales is None:
         return h_a, h_b

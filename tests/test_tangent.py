@@ -27,7 +27,8 @@ def known(solver, a, b, G, x="sylvester", damping=0.0, dtype=jnp.float64):
 
 def dense(T):
     """The (m, n) array, in float64."""
-    x, A, W, B, y = (np.asarray(z, np.float64) for z in T)
+    x, A, B, y = (np.asarray(z, np.float64) for z in (T.x, T.A, T.B, T.y))
+    W = np.eye(2 * len(B)) if T.W is None else np.asarray(T.W, np.float64)
     return S * np.concatenate([x, A], axis=1) @ W @ np.concatenate([B, y], axis=0)
 
 
@@ -65,27 +66,28 @@ def test_its_float32_error_is_the_solvers(x64, rng, solver, growth, kappa):
     assert np.linalg.norm(error) <= bound * np.linalg.norm(expected)
 
 
-def arrays(rng, shape_m, shape_n, r=3):
-    """A Tangent of five random arrays and two factors, all of them unrelated."""
+def arrays(rng, shape_m, shape_n, step, r=3):
+    """A Tangent of random arrays, or a step as one, and two factors: all of them unrelated."""
     sizes = [(*shape_m, r), (*shape_m, r), (2 * r, 2 * r), (r, *shape_n), (r, *shape_n)]
     T = _tangent.Tangent(*(jnp.asarray(rng.normal(size=size)) for size in sizes))
+    if step:
+        T = _tangent.of_step(T.A, T.B, T.x, T.y)
     return T, *(jnp.asarray(rng.normal(size=size)) for size in (sizes[0], sizes[3]))
 
 
 def flat(T, m, n):
-    x, A, W, B, y = T
-    r = len(B)
-    return T._replace(
-        x=x.reshape(m, r), A=A.reshape(m, r), B=B.reshape(r, n), y=y.reshape(r, n), W=W
-    )
+    x, A = (z.reshape(m, -1) for z in (T.x, T.A))
+    B, y = (z.reshape(-1, n) for z in (T.B, T.y))
+    return T._replace(x=x, A=A, B=B, y=y)
 
 
 SHAPES = [((14,), (10,)), ((7, 2), (5, 2)), ((3, 1, 4), (6,))]
 
 
 @pytest.mark.parametrize(("m", "n"), SHAPES)
-def test_means_of_the_dense_squares(x64, rng, m, n):
-    T, _, _ = arrays(rng, m, n)
+@pytest.mark.parametrize("step", [False, True])
+def test_means_of_the_dense_squares(x64, rng, m, n, step):
+    T, _, _ = arrays(rng, m, n, step)
     squares = dense(flat(T, np.prod(m), np.prod(n))) ** 2
     row, col = jax.jit(_tangent.mean_squares)(T, jnp.asarray(S))
     np.testing.assert_allclose(row, squares.mean(axis=1).reshape(m), rtol=1e-10)
@@ -93,9 +95,10 @@ def test_means_of_the_dense_squares(x64, rng, m, n):
 
 
 @pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("step", [False, True])
 @pytest.mark.parametrize(("m", "n"), SHAPES)
-def test_projections_of_the_dense_vector(x64, rng, m, n, scaled):
-    T, a, b = arrays(rng, m, n)
+def test_projections_of_the_dense_vector(x64, rng, m, n, step, scaled):
+    T, a, b = arrays(rng, m, n, step)
     X = dense(flat(T, np.prod(m), np.prod(n))).reshape(*m, *n)
     scales = None
     if scaled:
@@ -107,10 +110,3 @@ def test_projections_of_the_dense_vector(x64, rng, m, n, scaled):
         h_a, S * np.tensordot(X, np.moveaxis(b, 0, -1), axes=len(n)), atol=1e-9
     )
     np.testing.assert_allclose(h_b, S * np.tensordot(np.moveaxis(a, -1, 0), X, axes=k), atol=1e-9)
-
-
-def test_of_a_step(x64, rng):
-    a, b, _ = oracle.pair(rng, 12, 3, 20)
-    da, db, _ = oracle.pair(rng, 12, 3, 20)
-    T = _tangent.of_step(*map(jnp.asarray, (a, b, da, db)))
-    np.testing.assert_allclose(dense(T), S * (da @ b + a @ db), atol=1e-12)
