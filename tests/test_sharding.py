@@ -64,7 +64,7 @@ def test_on_eight_devices():
     }
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-x", __file__]
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=600, check=False
+        command, env=environment, capture_output=True, text=True, timeout=1200, check=False
     )
     assert done.returncode == 0, done.stdout[-4000:]
     assert " passed" in done.stdout
