@@ -87,6 +87,11 @@ def _inverse(x: Array) -> Array:
     return jnp.where(x > 0, 1 / jnp.where(x > 0, x, 1), 0)
 
 
+def _inverses(f: Frames) -> tuple[Array, Array]:
+    """1 / (σ² + λ) and 1 / (τ² + λ); 0 where a direction is left out."""
+    return _inverse(f.sigma * f.sigma + f.damping), _inverse(f.tau * f.tau + f.damping)
+
+
 def _left_to_the_other(x: str, f: Frames, P_inv: Array, Q_inv: Array) -> tuple[Array, Array]:
     """F_a and F_b for each choice of x."""
     p, q = (f.sigma * f.sigma)[:, None], (f.tau * f.tau)[None, :]
@@ -112,8 +117,7 @@ def step(
     x: str = "sylvester",
 ) -> tuple[Float[Array, "*m r"], Float[Array, "r *n"]]:
     """(da, db) from the frames of the factors and the projections h_a = s G bᵀ, h_b = s aᵀ G."""
-    P_inv = _inverse(f.sigma * f.sigma + f.damping)
-    Q_inv = _inverse(f.tau * f.tau + f.damping)
+    P_inv, Q_inv = _inverses(f)
     F_a, F_b = _left_to_the_other(x, f, P_inv, Q_inv)
     s2 = (s * s).astype(h_a.dtype)
     own_a, own_b = dot(h_a, f.V), dot(f.U.T, h_b)
@@ -131,8 +135,7 @@ def weights(
     x: str = "sylvester",
 ) -> Float[Array, "k k"]:
     """W of g~ = s [h_a | Â] W [B̂ᵀ; h_b]: see `_tangent`."""
-    P_inv = _inverse(f.sigma * f.sigma + f.damping)
-    Q_inv = _inverse(f.tau * f.tau + f.damping)
+    P_inv, Q_inv = _inverses(f)
     F_a, F_b = _left_to_the_other(x, f, P_inv, Q_inv)
     core_a, core_b = dot(gram_left(f.A, h_a), f.V), dot(f.U.T, gram_right(h_b, f.B))
     s2 = (s * s).astype(h_a.dtype)

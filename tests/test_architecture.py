@@ -8,12 +8,11 @@ import lorapro_jax as lp
 ROOT = pathlib.Path(lp.__file__).parent.parent
 ORDER = [
     "_paths", "_checks", "_sharding", "_cpu", "_lapack", "_solve", "_orthogonal", "_tangent",
-    "_closed_form",
-    "_layouts", "_batch", "_trust", "_pairwise", "_full_cuda", "_full", "_factored", "_efficient",
-    "_transform", "_partition", "_state_sharding", "_diagnostics", "_adapter", "linen",
-    "nnx", "layouts", "_peft_config", "_peft_files", "_peft_modules", "peft", "__init__",
+    "_closed_form", "_layouts", "_batch", "_trust", "_pairwise", "_full_cuda", "_full", "_factored",
+    "_efficient", "_transform", "_partition", "_state_sharding", "_diagnostics", "_adapter",
+    "linen", "nnx", "layouts", "_peft_config", "_peft_files", "_peft_modules", "peft", "__init__",
 ]  # fmt: skip
-SOLVER = ("_sharding", "_lapack", "_solve", "_orthogonal")
+SOLVER = ("_sharding", "_lapack", "_solve", "_orthogonal", "_tangent")
 
 
 def imports(path):
