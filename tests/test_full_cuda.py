@@ -1,4 +1,7 @@
-"""Full mode's GPU kernel, run by Pallas' interpreter, takes a dense float64 Adam's steps."""
+"""Full mode's GPU kernel takes a dense float64 Adam's steps.
+
+Where there is no GPU, Pallas' interpreter runs it.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +16,7 @@ from lorapro_jax import _full, _full_cuda
 from lorapro_jax._full_cuda import Numbers, Tiling
 
 STEPS = 3
+ON_GPU = _full_cuda.supported()
 # m, n, rank, batch axes of the pair, how the work is cut (None: as the library does)
 CASES = {
     "one tile": ((16,), (32,), 4, (), None),
@@ -30,7 +34,7 @@ def kernel(monkeypatch):
     """Full mode by the kernel; an error where it does not take a group."""
 
     def by_kernel(p, group, taken, moments, count, adam):
-        step = _full_cuda.adam_of(p, group, adam, interpret=True)
+        step = _full_cuda.adam_of(p, group, adam, interpret=not ON_GPU)
         assert step is not None
         return step(taken, moments, count)
 

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 
-import jax
 import pytest
 
 from experiments.bench import t5_step, tables
@@ -19,8 +18,14 @@ def test_t5_bases_adapters_are_those_of_its_192_linears():
     assert t5_step.SHAPES["t5-base"].adapters == 8 * sum(m + n for m, n in SHAPES)
 
 
-def test_a_new_process_is_another_one():
-    assert t5_step.in_a_new_process(os.getpid) != os.getpid()
+def test_each_item_has_a_new_process(tmp_path):
+    ids = t5_step.in_new_processes(_process, [1, 2], 3, cache=str(tmp_path))
+    assert [sums for sums, _ in ids] == [4, 5]
+    assert len({os.getpid(), *(process for _, process in ids)}) == 3
+
+
+def _process(x: int, y: int) -> tuple[int, int]:
+    return x + y, os.getpid()
 
 
 @pytest.fixture(scope="module")
@@ -33,20 +38,14 @@ def rows(tmp_path_factory) -> list[dict]:
         made[run] = made.get(run) or make(run, *rest)
         return made[run]
 
-    jax.config.update("jax_disable_most_optimizations", True)  # compiles in half the time
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(t5_step, "in_a_new_process", lambda function, *args: function(*args))
-            patch.setattr(t5_step, "variant", variant)
-            t5_step.main(dataclasses.replace(TINY, results=results))
-    finally:
-        make, made = t5_step.variant, {}
+    def here(function, items, *args, **_):
+        return [function(item, *args) for item in items]
 
-    def variant(run, *rest):  # compiled once, for its own process and for the turns
-        made[run] = made.get(run) or make(run, *rest)
-        return made[run]
-
-    jax.config.update("jax_disable_most_optimizations", False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(t5_step, "in_new_processes", here)
+        patch.setattr(t5_step, "_compile_into", lambda folder: None)
+        patch.setattr(t5_step, "variant", variant)
+        t5_step.main(dataclasses.replace(TINY, results=results))
     return tables.latest(results)
 
 

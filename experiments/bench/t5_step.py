@@ -24,8 +24,9 @@ import dataclasses
 import multiprocessing
 import pathlib
 import re
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -71,6 +72,9 @@ class Settings:
     methods: tuple[str, ...] = tuple(methods.METHODS)  # with lora, the reference
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
     model: Literal["t5-base", "t5-tiny"] = "t5-base"
+    at_once: int = 1
+    """Processes that compile at the same time. It changes `compile_s`, and no memory figure but a
+    CPU's `peak_bytes`; all of them must fit the device."""
     results: pathlib.Path = pathlib.Path("experiments/results/bench_t5_step.jsonl")
 
 
@@ -155,15 +159,26 @@ def peak_bytes(call: Callable[[], None]) -> int | None:
     return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1])
 
 
-def in_a_new_process(function: Callable[..., Any], *args) -> Any:
-    """What the function returns there, with every compilation cold."""
+def in_new_processes(
+    function: Callable[..., Any], items: Sequence[Any], *args: Any, at_once: int = 1, cache: str
+) -> list[Any]:
+    """What the function returns of each item, in a process of its own.
+
+    They compile into the folder `cache`: cold where it holds nothing of the kind.
+    """
     fresh = multiprocessing.get_context("spawn")  # a fork would inherit the arrays and the threads
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=fresh, initializer=_cold) as pool:
-        return pool.submit(function, *args).result()
+    with concurrent.futures.ProcessPoolExecutor(
+        at_once, fresh, _compile_into, (cache,), max_tasks_per_child=1
+    ) as pool:
+        asked = [pool.submit(function, item, *args) for item in items]
+        return [one.result() for one in asked]
 
 
-def _cold() -> None:
-    jax.config.update("jax_enable_compilation_cache", False)
+def _compile_into(folder: str) -> None:
+    """Keeps what this process compiles there, every program, and reads what others kept."""
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def by_turns(found: dict[RunConfig, dict], settings: Settings) -> list[dict]:
@@ -185,17 +200,18 @@ def by_turns(found: dict[RunConfig, dict], settings: Settings) -> list[dict]:
 
 def main(settings: Settings) -> None:
     """Measures, shows, and appends one JSON line per method and dtype."""
-    grid = {d: [config(m, d, settings) for m in settings.methods] for d in settings.dtypes}
-    # All of it before the first array here: jax takes most of a GPU's memory for its process.
-    found = {
-        dtype: {run: in_a_new_process(alone, run, settings) for run in asked}
-        for dtype, asked in grid.items()
-    }
-    born, title = provenance(), f"{settings.model}, {settings.batch} x {settings.length} tokens"
-    for dtype in grid:
-        rows = [{"dtype": dtype} | row for row in by_turns(found[dtype], settings)]
-        timing.show(rows, f"one training step of {title}")
-        timing.append(rows, "t5_step", settings, settings.results, born)
+    asked = [config(m, d, settings) for d in settings.dtypes for m in settings.methods]
+    with tempfile.TemporaryDirectory() as cache:
+        # All of it before the first array here: jax takes most of a GPU's memory for its process.
+        costs = in_new_processes(alone, asked, settings, at_once=settings.at_once, cache=cache)
+        found = dict(zip(asked, costs, strict=True))
+        _compile_into(cache)
+        born, title = provenance(), f"{settings.model}, {settings.batch} x {settings.length} tokens"
+        for dtype in settings.dtypes:
+            own = {run: costs for run, costs in found.items() if run.dtype == dtype}
+            rows = [{"dtype": dtype} | row for row in by_turns(own, settings)]
+            timing.show(rows, f"one training step of {title}")
+            timing.append(rows, "t5_step", settings, settings.results, born)
 
 
 if __name__ == "__main__":
