@@ -42,11 +42,13 @@ class ClosedForm(NamedTuple):
         h_a: Float[Array, "*m r"],
         h_b: Float[Array, "r *n"],
         s: Float[Array, ""],
+        core: Float[Array, "r r"] | None = None,
     ) -> tuple[Float[Array, "*m r"], Float[Array, "r *n"]]:
-        """(da, db) from the projections h_a = s G bᵀ and h_b = s aᵀ G."""
+        """(da, db) from the projections h_a = s G bᵀ and h_b = s aᵀ G; `core` is aᵀ h_a."""
         if isinstance(known, Frames):
             return _orthogonal.step(known, h_a, h_b, s, self.x)
-        return _solve.combine(a, b, h_a, h_b, self._coefficients(known, b, h_b, s))
+        M = _solve.shared_core(b, h_b) if core is None else core
+        return _solve.combine(a, b, h_a, h_b, _solve.coefficients(known, M, s, self.x))
 
     def tangent(
         self,
@@ -60,9 +62,6 @@ class ClosedForm(NamedTuple):
         """g~ = s (da b + a db) of `step`, without the step."""
         if isinstance(known, Frames):
             W = _orthogonal.weights(known, h_a, h_b, s, self.x)
-            return Tangent(h_a, known.A, W, known.B, h_b)
-        W = _solve.weights(self._coefficients(known, b, h_b, s))
-        return Tangent(h_a, a, W, b, h_b)
-
-    def _coefficients(self, known: Spectrum, b: Array, h_b: Array, s: Array) -> _solve.Coefficients:
-        return _solve.coefficients(known, _solve.shared_core(b, h_b), s, self.x)
+            return Tangent(h_a, known.A, known.B, h_b, W)
+        W, *S = _solve.weights(known, _solve.shared_core(b, h_b), s, self.x)
+        return Tangent(h_a, a, b, h_b, W, tuple(S))

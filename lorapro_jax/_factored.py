@@ -72,7 +72,8 @@ def factored_rule(adam: Adam, form: ClosedForm, *, keeps_factors: bool) -> Rule:
         def new(a: Array, b: Array) -> Fields:
             if keeps_factors:
                 return Fields(*stored((T.x, T.y)), row, col, p.a, p.b)
-            return Fields(*stored(over_batch(seen, group)(T, a, b, p.s)), row, col, None, None)
+            mu = over_batch(seen, group)(T, a, b, p.s)[:2]
+            return Fields(*stored(mu), row, col, None, None)
 
         return direction, new
 
@@ -94,7 +95,7 @@ def _step(
     row, col = average(row, old.row, b2), average(col, old.col, b2)
     mu = old.mu_a.astype(a.dtype), old.mu_b.astype(a.dtype)
     if old.a is not None and old.b is not None:
-        mu = seen(of_step(old.a, old.b, *mu), a, b, s)
+        mu = seen(of_step(old.a, old.b, *mu), a, b, s)[:2]
     mu = average(h_a, mu[0], b1), average(h_b, mu[1], b1)
     if old.a is None:
         T = form.tangent(known, a, b, *mu, s)
@@ -102,7 +103,8 @@ def _step(
         T = of_step(a, b, *form.step(known, a, b, *mu, s))
     left, right = _scales(row, col, 1 - jnp.asarray(b2, row.dtype) ** count, eps)
     left = left / (1 - jnp.asarray(b1, row.dtype) ** count)
-    direction = form.step(known, a, b, *seen(T, a, b, s, (left, right)), s)
+    h_a, h_b, core = seen(T, a, b, s, (left, right))
+    direction = form.step(known, a, b, h_a, h_b, s, core)
     return direction, row, col, T
 
 

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lorapro_jax._lapack import eigh, svd
-from lorapro_jax._solve import CHOICES, dot, gram_left, gram_right, grams
+from lorapro_jax._solve import dot, gram_left, gram_right, grams, shares
 
 # The first leaves a condition number of about 2 sqrt(eps) κ, whose square, times eps, is how far
 # the second leaves the frame from orthonormal: (2 κ eps)², below the unavoidable κ eps.
@@ -92,21 +92,11 @@ def _inverses(f: Frames) -> tuple[Array, Array]:
     return _inverse(f.sigma * f.sigma + f.damping), _inverse(f.tau * f.tau + f.damping)
 
 
-def _left_to_the_other(x: str, f: Frames, P_inv: Array, Q_inv: Array) -> tuple[Array, Array]:
+def _left_to_the_other(x: str, f: Frames) -> tuple[Array, Array]:
     """F_a and F_b for each choice of x."""
-    p, q = (f.sigma * f.sigma)[:, None], (f.tau * f.tau)[None, :]
-    if x == "sylvester":
-        inverse = _inverse(p + q + f.damping)
-        return p * inverse, q * inverse
-    in_a, in_b = p * P_inv[:, None], q * Q_inv[None, :]
-    if x == "zero":
-        return jnp.broadcast_to(in_a, f.U.shape), jnp.zeros_like(f.U)
-    if x == "symmetric":
-        return in_a / 2, in_b / 2
-    if x == "sequential":
-        first = jnp.sum(p) >= jnp.sum(q)
-        return jnp.where(first, in_a, 0 * in_b), jnp.where(first, 0 * in_a, in_b)
-    raise ValueError(f"x must be one of {', '.join(CHOICES)}, not {x!r}")
+    p, q = f.sigma * f.sigma, f.tau * f.tau
+    F_a, F_b = shares(x, p, q, f.damping, _inverse)
+    return p[:, None] * F_a, q[None, :] * F_b
 
 
 def step(
@@ -118,7 +108,7 @@ def step(
 ) -> tuple[Float[Array, "*m r"], Float[Array, "r *n"]]:
     """(da, db) from the frames of the factors and the projections h_a = s G bᵀ, h_b = s aᵀ G."""
     P_inv, Q_inv = _inverses(f)
-    F_a, F_b = _left_to_the_other(x, f, P_inv, Q_inv)
+    F_a, F_b = _left_to_the_other(x, f)
     s2 = (s * s).astype(h_a.dtype)
     own_a, own_b = dot(h_a, f.V), dot(f.U.T, h_b)
     da = own_a - dot(f.A, F_a * gram_left(f.A, own_a))
@@ -136,7 +126,7 @@ def weights(
 ) -> Float[Array, "k k"]:
     """W of g~ = s [h_a | Â] W [B̂ᵀ; h_b]: see `_tangent`."""
     P_inv, Q_inv = _inverses(f)
-    F_a, F_b = _left_to_the_other(x, f, P_inv, Q_inv)
+    F_a, F_b = _left_to_the_other(x, f)
     core_a, core_b = dot(gram_left(f.A, h_a), f.V), dot(f.U.T, gram_right(h_b, f.B))
     s2 = (s * s).astype(h_a.dtype)
     of_a, of_b = (f.tau * Q_inv / s2)[None, :], (f.sigma * P_inv / s2)[:, None]

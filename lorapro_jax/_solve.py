@@ -18,6 +18,7 @@ m and n may each be several axes: they are contracted whole, nothing is reshaped
 sharded axis stays as it is.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -100,40 +101,58 @@ def spectrum(P: Float[Array, "r r"], Q: Float[Array, "r r"], damping: Float[Arra
     return Spectrum(p, vectors[0], q, vectors[1], absolute.astype(P.dtype))
 
 
-def _inverse(values: Array, vectors: Array, damping: Array) -> Array:
-    return dot(vectors / (values + damping)[None, :], vectors.T)
-
-
-def _cores(x: str, M: Array, spec: Spectrum, P_inv: Array, Q_inv: Array) -> tuple[Array, Array]:
-    """How much of the shared core M each factor leaves to the other: Y in da, Y in db."""
-    if x == "sylvester":
-        denominator = spec.p[:, None] + spec.q[None, :] + spec.damping
-        Y = dot(dot(spec.U, dot(dot(spec.U.T, M), spec.V) / denominator), spec.V.T)
-        return Y, Y
-    if x == "zero":
-        return dot(P_inv, M), jnp.zeros_like(M)
-    if x == "symmetric":
-        return dot(P_inv, M) / 2, dot(M, Q_inv) / 2
-    if x == "sequential":
-        first = jnp.sum(spec.p) >= jnp.sum(spec.q)
-        return jnp.where(first, dot(P_inv, M), 0), jnp.where(first, 0, dot(M, Q_inv))
-    raise ValueError(f"x must be one of {', '.join(CHOICES)}, not {x!r}")
-
-
-def coefficients(
-    spec: Spectrum, M: Float[Array, "r r"], s: Float[Array, ""], x: str = "sylvester"
-) -> Coefficients:
-    """The (r, r) matrices that turn (h_a, h_b) into (da, db).
+def shares(
+    x: str,
+    p: Float[Array, "r"],
+    q: Float[Array, "r"],
+    damping: Float[Array, ""],
+    over: Callable[[Array], Array] = jnp.reciprocal,
+) -> tuple[Float[Array, "r r"], Float[Array, "r r"]]:
+    """What Uᵀ M V is multiplied by to have Uᵀ Y V, the Y of da and that of db; `over` is 1 / y.
 
     `x` chooses among the minimisers, which all have the same product: "sylvester" the
     minimum-norm one, "zero" the paper's X = 0, which leaves the core to b, "symmetric" half of the
     core on each side, "sequential" all of it to the partner of the larger factor.
     """
-    P_inv = _inverse(spec.p, spec.U, spec.damping)
-    Q_inv = _inverse(spec.q, spec.V, spec.damping)
-    Y_a, Y_b = _cores(x, M, spec, P_inv, Q_inv)
+    if x == "sylvester":
+        F = over(p[:, None] + q[None, :] + damping)
+        return F, F
+    none = jnp.zeros((len(p), len(q)), p.dtype)
+    in_a, in_b = none + over(p + damping)[:, None], none + over(q + damping)[None, :]
+    if x == "zero":
+        return in_a, none
+    if x == "symmetric":
+        return in_a / 2, in_b / 2
+    if x == "sequential":
+        first = jnp.sum(p) >= jnp.sum(q)
+        return jnp.where(first, in_a, 0), jnp.where(first, 0, in_b)
+    raise ValueError(f"x must be one of {', '.join(CHOICES)}, not {x!r}")
+
+
+def _rotated(spec: Spectrum, M: Array, x: str) -> tuple[Array, Array]:
+    """Uᵀ Y V for the Y of da and for that of db."""
+    F_a, F_b = shares(x, spec.p, spec.q, spec.damping)
+    core = dot(dot(spec.U.T, M), spec.V)
+    return core * F_a, core * F_b
+
+
+def coefficients(
+    spec: Spectrum, M: Float[Array, "r r"], s: Float[Array, ""], x: str = "sylvester"
+) -> Coefficients:
+    """The (r, r) matrices that turn (h_a, h_b) into (da, db); `x` as in `shares`."""
+    p, q = (spec.p + spec.damping)[:, None], (spec.q + spec.damping)[None, :]
+    Y_a, Y_b = _rotated(spec, M, x)
     s2 = (s * s).astype(M.dtype)
-    return Coefficients(Q_inv / s2, -dot(Y_a, Q_inv) / s2, P_inv / s2, -dot(P_inv, Y_b) / s2)
+
+    def back(left: Array, middle: Array, right: Array) -> Array:
+        return dot(dot(left, middle), right.T) / s2
+
+    return Coefficients(
+        dot(spec.V / q, spec.V.T) / s2,
+        -back(spec.U, Y_a / q, spec.V),
+        dot(spec.U / p.T, spec.U.T) / s2,
+        -back(spec.U, Y_b / p, spec.V),
+    )
 
 
 def combine(
@@ -147,9 +166,20 @@ def combine(
     return dot(h_a, c.H_a) + dot(a, c.C_a), dot(c.H_b, h_b) + dot(c.C_b, b)
 
 
-def weights(c: Coefficients) -> Float[Array, "k k"]:
-    """W of g~ = s [h_a | a] W [b; h_b]: see `_tangent`."""
-    return jnp.block([[c.H_a, jnp.zeros_like(c.H_a)], [c.C_a + c.C_b, c.H_b]])
+def weights(
+    spec: Spectrum, M: Float[Array, "r r"], s: Float[Array, ""], x: str = "sylvester"
+) -> tuple[Float[Array, "k k"], Float[Array, "r r"], Float[Array, "r r"]]:
+    """W, S_a and S_b of g~ = s [h_a | a S_a] W [S_b b; h_b], where a S_a and S_b b are of size one.
+
+    W is of size κ. With a and b in their place it would be of size κ², as the coefficients are, and
+    g~², which takes it twice, would have an error of κ⁴ eps.
+    """
+    p, q = jnp.sqrt(spec.p + spec.damping)[:, None], jnp.sqrt(spec.q + spec.damping)[None, :]
+    Y_a, Y_b = _rotated(spec, M, x)
+    S_a, S_b = spec.U / p.T, (spec.V / q).T
+    core = p * Y_a / q + q * Y_b / p
+    s2 = (s * s).astype(M.dtype)
+    return jnp.block([[S_b.T, jnp.zeros_like(core)], [-core, S_a.T]]) / s2, S_a, S_b
 
 
 def solve(

@@ -46,6 +46,36 @@ def composed(x):
     return optax.chain(direction, optax.scale_by_learning_rate(RATE))
 
 
+@pytest.mark.parametrize("solver", ["gram", "qr"])
+@pytest.mark.parametrize(("kappa", "error"), [(1e3, 0.1), (1e5, 0.6)])
+def test_float32_keeps_its_head_at_ill_conditioned_factors(x64, kappa, error, solver):
+    """The weight after four steps against float64's; beyond κ = 1e3 the damping bounds the error.
+
+    Coefficients of size κ² squared had float32's range left behind there: NaN.
+    """
+    rng = np.random.default_rng(0)
+    sizes, values = (96, 64), np.geomspace(1, 1 / kappa, 8)
+    a, b = (np.linalg.qr(rng.normal(size=(k, 8)))[0] * values for k in sizes)
+    a, b = (z @ np.linalg.qr(rng.normal(size=(8, 8)))[0] for z in (a, b / 2))
+    start = {"q": {"lora_a": np.float32(a), "lora_b": np.float32(b.T)}}
+    gradients = rng.normal(size=(4, *sizes))
+    tx = lp.lorapro_adamw(1e-4, SCALE, mode="factored", solver=solver)
+    update, changes = jax.jit(tx.update), []
+    for dtype in (jnp.float64, jnp.float32):
+        params = jax.tree.map(lambda x, dtype=dtype: jnp.asarray(x, dtype), start)
+        state = tx.init(params)
+        for G in gradients:
+            a, b = (np.float64(params["q"][k]) for k in ("lora_a", "lora_b"))
+            slopes = zip(("lora_a", "lora_b"), oracle.factor_gradients(a, b, G, SCALE), strict=True)
+            grads = {"q": {k: jnp.asarray(x, dtype) for k, x in slopes}}
+            updates, state = update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+        a, b = (np.float64(params["q"][k]) for k in ("lora_a", "lora_b"))
+        changes.append(a @ b - np.float64(start["q"]["lora_a"]) @ np.float64(start["q"]["lora_b"]))
+    exact, found = changes
+    assert np.linalg.norm(found - exact) <= error * np.linalg.norm(exact)
+
+
 @pytest.mark.parametrize("x", ["sylvester", "symmetric", "zero"])
 @pytest.mark.parametrize("make", [owned, composed])
 def test_every_step_is_the_dense_definitions(x64, make, x):

@@ -27,9 +27,11 @@ def known(solver, a, b, G, x="sylvester", damping=0.0, dtype=jnp.float64):
 
 def dense(T):
     """The (m, n) array, in float64."""
-    x, A, B, y = (np.asarray(z, np.float64) for z in (T.x, T.A, T.B, T.y))
-    W = np.eye(2 * len(B)) if T.W is None else np.asarray(T.W, np.float64)
-    return S * np.concatenate([x, A], axis=1) @ W @ np.concatenate([B, y], axis=0)
+    T = jax.tree.map(lambda z: np.asarray(z, np.float64), T)
+    eye = np.eye(len(T.b))
+    S_a, S_b = (eye, eye) if T.S is None else T.S
+    W = np.kron(np.eye(2), eye) if T.W is None else T.W
+    return S * np.concatenate([T.x, T.a @ S_a], axis=1) @ W @ np.concatenate([S_b @ T.b, T.y])
 
 
 @both
@@ -68,28 +70,52 @@ def test_its_float32_error_is_the_solvers(x64, rng, solver, growth, kappa):
     assert np.linalg.norm(error) <= bound * np.linalg.norm(expected)
 
 
-def arrays(rng, shape_m, shape_n, step, r=3):
+@pytest.mark.parametrize("kappas", [(1e3, 1), (1, 1e4), (1e3, 1e3), (1e4, 1e4), (1e5, 1e5)])
+def test_float32_means_have_the_error_of_what_they_are_means_of(x64, rng, kappas):
+    """κ² eps, at most eps / damping: a quarter of it. Squares take the coefficients twice."""
+    a, b = (np.linalg.qr(rng.normal(size=(k, 8)))[0] for k in (96, 64))
+    turns = (np.linalg.qr(rng.normal(size=(8, 8)))[0] for _ in range(2))
+    a, b = (
+        np.float64(np.float32(z * np.geomspace(1, 1 / kappa, 8) @ turn))
+        for z, kappa, turn in zip((a, b), kappas, turns, strict=True)
+    )
+    G, damping = rng.normal(size=(96, 64)), 1e-6
+    da, db = oracle.damped_solution(a, b.T, G, S, damping)
+    squares = (S * (da @ b.T + a @ db)) ** 2
+    T = known("gram", a, b.T, G, damping=damping, dtype=jnp.float32)
+    bound = np.finfo(np.float32).eps * min(max(kappas) ** 2, 1 / damping) / 4
+    for found, axis in zip(_tangent.mean_squares(T, jnp.float32(S)), (1, 0), strict=True):
+        expected = squares.mean(axis=axis)
+        assert np.linalg.norm(found - expected) <= bound * np.linalg.norm(expected)
+
+
+def arrays(rng, shape_m, shape_n, kind, r=3):
     """A Tangent of random arrays, or a step as one, and two factors: all of them unrelated."""
-    sizes = [(*shape_m, r), (*shape_m, r), (2 * r, 2 * r), (r, *shape_n), (r, *shape_n)]
-    T = _tangent.Tangent(*(jnp.asarray(rng.normal(size=size)) for size in sizes))
-    if step:
-        T = _tangent.of_step(T.A, T.B, T.x, T.y)
-    return T, *(jnp.asarray(rng.normal(size=size)) for size in (sizes[0], sizes[3]))
+    sizes = (*shape_m, r), (*shape_m, r), (r, *shape_n), (r, *shape_n)
+    x, a, b, y = (jnp.asarray(rng.normal(size=size)) for size in sizes)
+    W, S_a, S_b = (jnp.asarray(rng.normal(size=(k, k))) for k in (2 * r, r, r))
+    T = {
+        "step": _tangent.of_step(a, b, x, y),
+        "W": _tangent.Tangent(x, a, b, y, W),
+        "W and S": _tangent.Tangent(x, a, b, y, W, (S_a, S_b)),
+    }[kind]
+    return T, *(jnp.asarray(rng.normal(size=size)) for size in sizes[1:3])
 
 
 def flat(T, m, n):
-    x, A = (z.reshape(m, -1) for z in (T.x, T.A))
-    B, y = (z.reshape(-1, n) for z in (T.B, T.y))
-    return T._replace(x=x, A=A, B=B, y=y)
+    x, a = (z.reshape(m, -1) for z in (T.x, T.a))
+    b, y = (z.reshape(-1, n) for z in (T.b, T.y))
+    return T._replace(x=x, a=a, b=b, y=y)
 
 
+every_kind = pytest.mark.parametrize("kind", ["step", "W", "W and S"])
 SHAPES = [((14,), (10,)), ((7, 2), (5, 2)), ((3, 1, 4), (6,))]
 
 
 @pytest.mark.parametrize(("m", "n"), SHAPES)
-@pytest.mark.parametrize("step", [False, True])
-def test_means_of_the_dense_squares(x64, rng, m, n, step):
-    T, _, _ = arrays(rng, m, n, step)
+@every_kind
+def test_means_of_the_dense_squares(x64, rng, m, n, kind):
+    T, _, _ = arrays(rng, m, n, kind)
     squares = dense(flat(T, np.prod(m), np.prod(n))) ** 2
     row, col = jax.jit(_tangent.mean_squares)(T, jnp.asarray(S))
     np.testing.assert_allclose(row, squares.mean(axis=1).reshape(m), rtol=1e-10)
@@ -97,18 +123,19 @@ def test_means_of_the_dense_squares(x64, rng, m, n, step):
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("step", [False, True])
+@every_kind
 @pytest.mark.parametrize(("m", "n"), SHAPES)
-def test_projections_of_the_dense_vector(x64, rng, m, n, step, scaled):
-    T, a, b = arrays(rng, m, n, step)
+def test_projections_of_the_dense_vector(x64, rng, m, n, kind, scaled):
+    T, a, b = arrays(rng, m, n, kind)
     X = dense(flat(T, np.prod(m), np.prod(n))).reshape(*m, *n)
     scales = None
     if scaled:
         scales = tuple(jnp.asarray(rng.uniform(0.1, 9, size=size)) for size in (m, n))
         X = X * np.multiply.outer(*scales)
-    h_a, h_b = jax.jit(_tangent.seen)(T, a, b, jnp.asarray(S), scales)
+    h_a, h_b, core = jax.jit(_tangent.seen)(T, a, b, jnp.asarray(S), scales)
     k = len(m)
     np.testing.assert_allclose(
         h_a, S * np.tensordot(X, np.moveaxis(b, 0, -1), axes=len(n)), atol=1e-9
     )
     np.testing.assert_allclose(h_b, S * np.tensordot(np.moveaxis(a, -1, 0), X, axes=k), atol=1e-9)
+    np.testing.assert_allclose(core, np.tensordot(np.moveaxis(a, -1, 0), h_a, axes=k), atol=1e-8)
