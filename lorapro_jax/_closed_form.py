@@ -63,5 +63,5 @@ class ClosedForm(NamedTuple):
         if isinstance(known, Frames):
             W = _orthogonal.weights(known, h_a, h_b, s, self.x)
             return Tangent(h_a, known.A, known.B, h_b, W)
-        W, *S = _solve.weights(known, _solve.shared_core(b, h_b), s, self.x)
-        return Tangent(h_a, a, b, h_b, W, tuple(S))
+        W, S = _solve.weights(known, _solve.shared_core(b, h_b), s, self.x)
+        return Tangent(h_a, a, b, h_b, W, S)

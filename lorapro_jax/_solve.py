@@ -168,8 +168,8 @@ def combine(
 
 def weights(
     spec: Spectrum, M: Float[Array, "r r"], s: Float[Array, ""], x: str = "sylvester"
-) -> tuple[Float[Array, "k k"], Float[Array, "r r"], Float[Array, "r r"]]:
-    """W, S_a and S_b of g~ = s [h_a | a S_a] W [S_b b; h_b], where a S_a and S_b b are of size one.
+) -> tuple[Float[Array, "k k"], tuple[Float[Array, "r r"], Float[Array, "r r"]]]:
+    """W and (S_a, S_b) of g~ = s [h_a | a S_a] W [S_b b; h_b]; a S_a and S_b b are of size one.
 
     W is of size κ. With a and b in their place it would be of size κ², as the coefficients are, and
     g~², which takes it twice, would have an error of κ⁴ eps.
@@ -179,7 +179,7 @@ def weights(
     S_a, S_b = spec.U / p.T, (spec.V / q).T
     core = p * Y_a / q + q * Y_b / p
     s2 = (s * s).astype(M.dtype)
-    return jnp.block([[S_b.T, jnp.zeros_like(core)], [-core, S_a.T]]) / s2, S_a, S_b
+    return jnp.block([[S_b.T, jnp.zeros_like(core)], [-core, S_a.T]]) / s2, (S_a, S_b)
 
 
 def solve(
