@@ -28,6 +28,11 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(not _OPTIMISED))
 jax.config.update(
     "jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1"
 )
+# With XLA's older emitter of CPU kernels, which jaxlib 0.11 has no more, a test of the
+# transformation takes two thirds of its time. An unknown flag would end the process.
+_EMITTER = "--xla_cpu_use_fusion_emitters=false"
+if not _OPTIMISED and jax.__version_info__ < (0, 11):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_EMITTER}".strip()
 
 install_import_hook("lorapro_jax", "beartype.beartype")
 
