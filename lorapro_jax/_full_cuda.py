@@ -33,7 +33,16 @@ from lorapro_jax._sharding import possible_shards
 
 _LEAST = 16  # columns of a factor that the matrix units take
 _CHUNK = 64  # columns of a factor in one product: more would not fit the registers
-_MOST_RANK = 64  # at 128 XLA's form takes 0.93 of the kernel's time on an H100
+# Up to a rank: rows of a tile, the first that divides m; warps; stages of the pipeline of loads. As
+# measured on an H100 at 8,192 x 28,672: at r = 8 two warps on 32 rows take 1.45 ms, four on 64 rows
+# 1.68, for a thread has registers enough and many programs share a multiprocessor. At rank 128
+# XLA's form takes 0.93 of the kernel's time.
+_BY_RANK = {
+    8: ((32, 16), 2, 3),
+    16: ((32, 16), 2, 2),
+    32: ((64, 32, 16), 4, 1),
+    64: ((32, 16), 4, 1),
+}
 _MOST = 2**31 - 1  # elements of an array: Pallas counts them in 32 bits
 
 
@@ -93,18 +102,14 @@ def supported() -> bool:
 
 
 def tiling(pairs: int, m: int, n: int, rank: int) -> Tiling | None:
-    """How to cut kernels of this shape; None if no tile divides them, or they are too large.
-
-    A tile of 32 rows and two warps leaves each thread registers enough, and a program small enough
-    that many share a multiprocessor: on an H100 at 8,192 x 28,672 and r = 8, 1.45 ms for 1.68 with
-    64 rows and four warps. At ranks above 16 four warps are faster.
-    """
-    fits = rank <= _MOST_RANK and pairs * m * n <= _MOST
-    tall = (64, 32, 16) if 16 < rank <= 32 else (32, 16)
-    rows, columns = _dividing(m, tall), _dividing(n, (64, 32))
-    if rows is None or columns is None or not fits:
+    """How to cut kernels of this shape; None if no tile divides them, or they are too large."""
+    form = next((form for most, form in _BY_RANK.items() if rank <= most), None)
+    if form is None or pairs * m * n > _MOST:
         return None
-    warps, stages = (2, 3 if rank <= 8 else 2) if rank <= 16 else (4, 1)
+    heights, warps, stages = form
+    rows, columns = _dividing(m, heights), _dividing(n, (64, 32))
+    if rows is None or columns is None:
+        return None
     return Tiling(rows, columns, _stretch(m, rows), warps, stages)
 
 
