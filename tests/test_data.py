@@ -98,16 +98,33 @@ def test_lengths_give_no_label_away(splits):
         assert abs(groups[0].mean() - groups[1].mean()) < 3 * error
 
 
+def at_the_stops(text, units):
+    """Whether a text is the units' words in some order, with the units' stops in theirs.
+
+    The text's own units may be others: words that come together can close a parenthesis.
+    """
+    parts = [re.fullmatch(r"(.*?)([,;:.!?]*)", unit).groups() for unit in units]
+    left = sorted((word for word, _ in parts), key=len, reverse=True)
+    rest = f"{text} "
+    for _, stop in parts:
+        word = next((word for word in left if rest.startswith(f"{word}{stop} ")), None)
+        if word is None:
+            return False
+        left.remove(word)
+        rest = rest.removeprefix(f"{word}{stop} ")
+    return not rest
+
+
 @hypothesis.given(seed=st.integers(0, 2**32 - 1), row=st.integers(0, 10**6))
+@hypothesis.example(seed=39, row=1267)  # ("-", "+", "abs()" and "~") in CPython 3.11
 @hypothesis.settings(max_examples=200, deadline=None)
 def test_disturbing_moves_words_and_nothing_else(seed, row):
     sentences = prose()
     before = sentences[row % len(sentences)]
     after = pydoc.disturb(before, np.random.default_rng(seed))
-    stops = [re.search(r"[,;:.!?]*$", unit)[0] for unit in pydoc.units_of(before)]
     assert after != before
     assert words(after) == words(before)
-    assert [re.search(r"[,;:.!?]*$", unit)[0] for unit in pydoc.units_of(after)] == stops
+    assert at_the_stops(after, pydoc.units_of(before))
     assert after.split()[0].rstrip(",;:") == before.split()[0].rstrip(",;:")
     assert after[-1] == before[-1]
 
