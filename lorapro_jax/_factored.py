@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from lorapro_jax._batch import Adam, Group, Problem, average, factor_zeros, over_batch
@@ -114,4 +115,4 @@ def _scales(
     """D_l and D_r with D_l D_rᵀ = 1 / sqrt(v^); eps² is added to both means of g~²."""
     floor = jnp.asarray(eps, row.dtype) ** 2 + jnp.finfo(row.dtype).tiny
     row, col = row / correction + floor, col / correction + floor
-    return (jnp.mean(row) / row) ** 0.5, col**-0.5
+    return jnp.sqrt(jnp.mean(row) / row), lax.rsqrt(col)

@@ -43,7 +43,7 @@ _ROWS_PER_RANK = 2
 class FullState(NamedTuple):
     """State of full mode. The moments are those of g~, by groups of pairs of one kind and shape.
 
-    A group is named by the path of its first pair and holds up to 48, in the order of their paths,
+    A group is named by the path of its first pair and holds up to 128, in the order of their paths,
     which differ in their numbers only. A pair with batch axes is a group of its own and has these
     axes in front.
     """

@@ -146,7 +146,7 @@ def test_no_array_of_the_kernels_size(owns):
 
 
 def test_groups_in_turn_share_their_temporary_memory():
-    """On a CPU an update of six groups of 48 pairs needs little more than two of them."""
+    """On a CPU an update of three groups of 96 pairs needs little more than one of them."""
 
     def temporary(pairs):
         params = {

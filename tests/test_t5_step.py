@@ -15,7 +15,7 @@ TINY = t5_step.Settings(
 
 
 def test_t5_bases_adapters_are_those_of_its_192_linears():
-    assert t5_step.SHAPES["t5-base"].adapters == 8 * sum(m + n for m, n in SHAPES)
+    assert t5_step.SHAPES["t5-base"].adapters == 8 * sum(m + n for m, n in SHAPES.values())
 
 
 def test_each_item_has_a_new_process(tmp_path):

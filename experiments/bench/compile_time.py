@@ -17,7 +17,7 @@ import tyro
 
 import lorapro_jax as lp
 from experiments.bench import timing
-from experiments.bench.update import SCALE, SHAPES, transformations
+from experiments.bench.update import LAYER, SCALE, transformations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +32,7 @@ class Settings:
 def shapes(pairs: int) -> list[tuple[int, int]]:
     """T5-base's three shapes in T5-base's proportions (6 : 1 : 1)."""
     eighth = max(pairs // 8, 1)
-    square, wide = SHAPES[0], SHAPES[144]
-    return [square] * (pairs - 2 * eighth) + [wide] * eighth + [wide[::-1]] * eighth
+    return [(768, 768)] * (pairs - 2 * eighth) + [LAYER["wi"]] * eighth + [LAYER["wo"]] * eighth
 
 
 def tree(rank: int, pairs: list[tuple[int, int]]) -> dict:

@@ -102,15 +102,15 @@ def device_seconds(call: Callable[[], None], calls: int = 3) -> tuple[float, flo
     return 1e-9 * sum(events) / calls, len(events) / calls
 
 
-def updates(name: str, shapes_of: list[tuple[int, int]], rank: int) -> list[dict]:
+def updates(name: str, shapes_of: dict[str, tuple[int, int]], rank: int) -> list[dict]:
     """Every mode on a tree of such pairs."""
-    params, grads = (update.tree(rank, shapes_of, seed) for seed in (0, 1))
+    params, grads = (update.tree(shapes_of, rank, seed) for seed in (0, 1))
     rows = []
     made = {
         variant: functools.partial(update.stepper, tx, params, grads)
         for variant, tx in update.transformations().items()
     }
-    made["dense floor"] = functools.partial(floors.dense_floor, shapes_of)
+    made["dense floor"] = functools.partial(floors.dense_floor, list(shapes_of.values()))
     for variant, make in made.items():
         call, held = make()
         times = timing.by_turns({variant: call}, 10)[variant]
@@ -141,7 +141,7 @@ def main(settings: Settings) -> None:
             title = f"{shape[0]} x {shape[1]}, r = {rank}"
             keep(one_pass(shape, rank, settings.rounds), "gpu_pass", title)
     keep(updates("t5-base", update.SHAPES, 8), "gpu_update", "T5-base, r = 8")
-    layer = list(shapes.LAYERS["llama-3-8b"].values())
+    layer = shapes.LAYERS["llama-3-8b"]
     for rank in settings.layer_ranks:
         title = f"one layer of Llama-3-8B, r = {rank}"
         keep(updates("llama-3-8b, one layer", layer, rank), "gpu_update", title)

@@ -27,12 +27,11 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import tyro
 
 from experiments.bench import floors, timing
-from experiments.bench.update import stepper, transformations
+from experiments.bench.update import stepper, transformations, tree
 from experiments.provenance import provenance
 
 # input and output widths of a layer's linear maps
@@ -77,19 +76,6 @@ def weights(model: str, layers: int, width: int = 1) -> dict[str, tuple[int, int
         f"layer_{i}/{place}": (width * m, width * n)
         for i in range(layers)
         for place, (m, n) in LAYERS[model].items()
-    }
-
-
-def tree(shapes: dict[str, tuple[int, int]], rank: int, seed: int) -> dict:
-    """{name: {lora_a (m, r), lora_b (r, n)}} of normals with a variance of 1/m, float32."""
-    rng = np.random.default_rng(seed)
-
-    def factor(rows: int, cols: int, m: int) -> Any:
-        return jnp.asarray(rng.standard_normal((rows, cols), np.float32) / np.float32(m**0.5))
-
-    return {
-        name: {"lora_a": factor(m, rank, m), "lora_b": factor(rank, n, m)}
-        for name, (m, n) in shapes.items()
     }
 
 

@@ -2,13 +2,15 @@
 
     python -m experiments.bench.update [--rounds 60]
 
-192 pairs, 144 of 768 x 768 and 48 of 768 x 3072 (half of them transposed), r = 8, float32, random
-factors and gradients. One call is one whole optimizer step, parameters included, jitted with
-donated buffers. The reference is optax.adamw on the same tree. "dense floor" is one pass over two
-(m, n) moments a pair, which full mode cannot do without (`floors.dense_floor`). The PyTorch rows
-appear where `torch` and `lora-pro-adamw` are installed (pip install torch==2.13.0; pip install
---no-deps lora-pro-adamw==0.2.1); its efficient mode runs its default solver. `ratio_to_ours`
-compares a row with our row of the same mode (the floor with full), round by round.
+192 pairs under T5-base's own names (16 kinds in 12 layers each: the library makes a group of each
+kind), 144 of 768 x 768 and 48 of 768 x 3072 (half of them transposed), r = 8, float32, random
+factors and gradients. `--one-kind` names them alike: a few large groups in the place of 16. One
+call is one whole optimizer step, parameters included, jitted with donated buffers. The reference is
+optax.adamw on the same tree. "dense floor" is one pass over two (m, n) moments a pair, which full
+mode cannot do without (`floors.dense_floor`). The PyTorch rows appear where `torch` and
+`lora-pro-adamw` are installed (pip install torch==2.13.0; pip install --no-deps
+lora-pro-adamw==0.2.1); its efficient mode runs its default solver. `ratio_to_ours` compares a row
+with our row of the same mode (the floor with full), round by round.
 """
 
 import dataclasses
@@ -28,7 +30,13 @@ from rich.console import Console
 import lorapro_jax as lp
 from experiments.bench import floors, timing
 
-SHAPES = [(768, 768)] * 144 + [(768, 3072)] * 24 + [(3072, 768)] * 24
+LAYER = {"wi": (768, 3072), "wo": (3072, 768)}
+SHAPES = {
+    f"{stack}/block_{i}/{place}": LAYER.get(place[-2:], (768, 768))
+    for stack, attentions in (("encoder", ("self",)), ("decoder", ("self", "cross")))
+    for i in range(12)
+    for place in (*(f"{kind}/{x}" for kind in attentions for x in "qkvo"), "mlp/wi", "mlp/wo")
+}
 SCALE = 2.0
 
 
@@ -40,19 +48,20 @@ class Settings:
     torch_rounds: int = 20  # of PyTorch's efficient mode
     full_rounds: int = 5  # of both full modes and the dense floor
     rank: int = 8
+    one_kind: bool = False
     results: pathlib.Path = pathlib.Path("experiments/results/bench_update.jsonl")
 
 
-def tree(rank: int, shapes: list[tuple[int, int]], seed: int) -> dict:
-    """{name: {lora_a (m, r), lora_b (r, n)}} of standard normals over sqrt(m), float32."""
+def tree(shapes: dict[str, tuple[int, int]], rank: int, seed: int) -> dict:
+    """{name: {lora_a (m, r), lora_b (r, n)}} of normals with a variance of 1/m, float32."""
     rng = np.random.default_rng(seed)
 
-    def factor(rows: int, cols: int) -> jax.Array:
-        return jnp.asarray(rng.normal(size=(rows, cols)) / np.sqrt(768), jnp.float32)
+    def factor(rows: int, cols: int, m: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal((rows, cols), np.float32) / np.float32(m**0.5))
 
     return {
-        f"layer_{i:03d}": {"lora_a": factor(m, rank), "lora_b": factor(rank, n)}
-        for i, (m, n) in enumerate(shapes)
+        name: {"lora_a": factor(m, rank, m), "lora_b": factor(rank, n, m)}
+        for name, (m, n) in shapes.items()
     }
 
 
@@ -118,9 +127,12 @@ def torch_steppers(params: dict, grads: dict, rank: int) -> dict[str, Callable]:
 
 def main(settings: Settings) -> None:
     """Measures, shows, and appends one JSON line per variant."""
-    params, grads = (tree(settings.rank, SHAPES, seed) for seed in (0, 1))
+    shapes = SHAPES
+    if settings.one_kind:
+        shapes = {f"layer_{i:03d}": shape for i, shape in enumerate(sorted(SHAPES.values()))}
+    params, grads = (tree(shapes, settings.rank, seed) for seed in (0, 1))
     made = {name: stepper(tx, params, grads) for name, tx in transformations().items()}
-    made["dense floor"] = floors.dense_floor(SHAPES)
+    made["dense floor"] = floors.dense_floor(list(shapes.values()))
     calls = {name: call for name, (call, _) in made.items()}
     few = {"full": settings.full_rounds, "dense floor": settings.full_rounds}
     if all(importlib.util.find_spec(name) for name in ("torch", "lora_pro")):
@@ -136,7 +148,7 @@ def main(settings: Settings) -> None:
         pairs = zip(times[row["variant"]], times[mode], strict=False)
         row["ratio_to_ours"] = statistics.median(x / y for x, y in pairs)
         row["state_bytes"] = made[row["variant"]][1] if row["variant"] in made else None
-    timing.show(rows, f"one update of {len(SHAPES)} pairs, r = {settings.rank}, float32")
+    timing.show(rows, f"one update of {len(shapes)} pairs, r = {settings.rank}, float32")
     timing.append(rows, "update", settings, settings.results)
 
 
