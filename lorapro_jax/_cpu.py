@@ -17,7 +17,7 @@ from jaxtyping import Array
 from lorapro_jax._sharding import possible_shards
 
 
-def _for_one_cpu(x: Any) -> bool:
+def for_one_cpu(x: Any) -> bool:
     """Whether `x` is of a program that is compiled for a single CPU."""
     cpu = jax.default_backend() == "cpu"
     return cpu and isinstance(x, Tracer) and possible_shards(x) == 1
@@ -36,7 +36,7 @@ def after(before: Array | None, make: Callable[[], Any]) -> Any:
     of one or two groups nearly fit a cache; those of all do not, and are so many that the C library
     has them mapped anew, page by page, in every step. A branch is the one wait that XLA keeps.
     """
-    if before is None or not _for_one_cpu(before):
+    if before is None or not for_one_cpu(before):
         return make()
     nothing = functools.partial(jax.tree.map, jnp.zeros_like, jax.eval_shape(make))
     return lax.cond(_true_of(before), make, nothing)
@@ -48,7 +48,7 @@ def places(count: int, x: Array) -> Sequence[int | Array]:
     A slice at a place that XLA knows is a kernel of its own for every place, and those were half of
     what an update of many pairs takes to compile. Slices at unknown places are one kernel.
     """
-    if not _for_one_cpu(x):
+    if not for_one_cpu(x):
         return range(count)
     numbers = [jnp.uint32(i) for i in range(count)]
     return lax.cond(_true_of(x), lambda: numbers, lambda: [jnp.zeros_like(i) for i in numbers])

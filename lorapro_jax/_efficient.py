@@ -12,7 +12,7 @@ from jaxtyping import Array, Int
 
 from lorapro_jax._batch import Adam, Group, Problem, average, factor_zeros, first_steps
 from lorapro_jax._closed_form import ClosedForm
-from lorapro_jax._pairwise import Rule
+from lorapro_jax._pairwise import Rule, each
 
 
 class EfficientState(NamedTuple):
@@ -32,14 +32,14 @@ def efficient_rule(adam: Adam, form: ClosedForm) -> Rule:
     def init(group: Group, leaves: Sequence[Any]) -> tuple[Array, ...]:
         return *factor_zeros(group, leaves, adam.mu_dtype), *factor_zeros(group, leaves)
 
-    def update(p: Problem, group: Group, moments: tuple, count: Array):
+    def one(p: Problem, group: Group, moments: tuple, count: Array):
         mu, nu = moments[:2], moments[2:]
         _, taken = first_steps(p, group, form)
         moved = [direction(g, m, v, count, adam) for g, m, v in zip(taken, mu, nu, strict=True)]
         (da, mu_a, nu_a), (db, mu_b, nu_b) = moved
         return (da, db), lambda a, b: (mu_a, mu_b, nu_a, nu_b)
 
-    return Rule(EfficientState, init, update)
+    return Rule(EfficientState, init, each(one))
 
 
 def direction(

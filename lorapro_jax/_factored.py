@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from lorapro_jax._batch import Adam, Group, Problem, average, factor_zeros, over_batch
 from lorapro_jax._closed_form import ClosedForm
-from lorapro_jax._pairwise import Rule
+from lorapro_jax._pairwise import Rule, each
 from lorapro_jax._tangent import Tangent, mean_squares, of_step, seen
 
 
@@ -65,10 +65,10 @@ def factored_rule(adam: Adam, form: ClosedForm, *, keeps_factors: bool) -> Rule:
         mu = factor_zeros(group, leaves, adam.mu_dtype)
         return Fields(*mu, row, col, *((a, b) if keeps_factors else (None, None)))
 
-    def update(p: Problem, group: Group, fields: tuple, count: Array):
+    def one(p: Problem, group: Group, fields: tuple, count: Array):
         old = Fields(*fields)
-        one = functools.partial(_step, adam=adam, form=form)
-        direction, row, col, T = over_batch(one, group, (0, 0, None))(p, old, count)
+        step = functools.partial(_step, adam=adam, form=form)
+        direction, row, col, T = over_batch(step, group, (0, 0, None))(p, old, count)
 
         def new(a: Array, b: Array) -> Fields:
             if keeps_factors:
@@ -82,7 +82,7 @@ def factored_rule(adam: Adam, form: ClosedForm, *, keeps_factors: bool) -> Rule:
         dtype = adam.mu_dtype or mu[0].dtype
         return mu[0].astype(dtype), mu[1].astype(dtype)
 
-    return Rule(FactoredState, init, update, in_turn=True)
+    return Rule(FactoredState, init, each(one), in_turn=True)
 
 
 def _step(

@@ -40,6 +40,11 @@ _BLOCK = 256 << 20
 _ROWS_PER_RANK = 2
 
 
+# Groups of one shape whose blocks a CPU takes at once. XLA runs loops one after the other, and what
+# is independent within one on several cores.
+_TOGETHER = 2
+
+
 class FullState(NamedTuple):
     """State of full mode. The moments are those of g~, by groups of pairs of one kind and shape.
 
@@ -61,13 +66,17 @@ def full_rule(adam: Adam, form: ClosedForm) -> Rule:
         moment = functools.partial(_zero_moment, group, leaves)
         return moment(adam.mu_dtype), moment(None)
 
-    def update(p: Problem, group: Group, moments: tuple, count: Array):
-        known, (da, db) = first_steps(p, group, form)
-        mu, nu, h_a, h_b = _adam(p, group, (da, db), moments, count, adam)
-        step = steps(p._replace(h_a=h_a, h_b=h_b), group, known, form)
-        return step, lambda a, b: (mu, nu)
+    def update(problems: Sequence[Problem], group: Group, moments: Sequence[tuple], count: Array):
+        firsts = [first_steps(p, group, form) for p in problems]
+        taken = [step for _, step in firsts]
+        done = _adam(problems, group, taken, moments, count, adam)
+        made = []
+        for p, (known, _), (mu, nu, h_a, h_b) in zip(problems, firsts, done, strict=True):
+            step = steps(p._replace(h_a=h_a, h_b=h_b), group, known, form)
+            made.append((step, lambda a, b, moments=(mu, nu): moments))
+        return made
 
-    return Rule(FullState, init, update)
+    return Rule(FullState, init, update, together=_TOGETHER, in_turn=True)
 
 
 def _zero_moment(group: Group, leaves: Sequence[Any], dtype: Any) -> Array:
@@ -80,33 +89,42 @@ def _zero_moment(group: Group, leaves: Sequence[Any], dtype: Any) -> Array:
 
 
 def _adam(
-    p: Problem,
+    problems: Sequence[Problem],
     group: Group,
-    taken: tuple[Array, Array],
-    moments: tuple[Array, Array],
+    taken: Sequence[tuple[Array, Array]],
+    moments: Sequence[tuple[Array, Array]],
     count: Array,
     adam: Adam,
-) -> tuple[Array, Array, Array, Array]:
-    """A group's new moments, and the factor gradients that Adam's direction would cause."""
-    here, elsewhere = (_blocks(p, group, size) for size in (_CPU_BLOCK, _BLOCK))
+) -> list[tuple[Array, Array, Array, Array]]:
+    """Groups' new moments, and the factor gradients that Adam's direction would cause."""
+    here, elsewhere = (_blocks(problems[0], group, size) for size in (_CPU_BLOCK, _BLOCK))
     cpu, default = (
-        functools.partial(_by_blocks, p, group, adam, blocks) for blocks in (here, elsewhere)
+        functools.partial(_by_blocks, problems, group, adam, blocks) for blocks in (here, elsewhere)
     )
     ways: dict[str, Callable] = {} if here == elsewhere else {"cpu": cpu}
-    if (kernel := _cuda_kernel(p, group, adam)) is not None:
+    if (kernel := _cuda_kernel(problems, group, adam)) is not None:
         ways["cuda"] = kernel
     if not ways:
         return default(taken, moments, count)
     return lax.platform_dependent(taken, moments, count, **ways, default=default)
 
 
-def _cuda_kernel(p: Problem, group: Group, adam: Adam) -> Callable | None:
-    """`_adam` as one GPU kernel; None without a GPU, or if the group is not one for it."""
+def _cuda_kernel(problems: Sequence[Problem], group: Group, adam: Adam) -> Callable | None:
+    """`_adam` as one GPU kernel a group; None without a GPU, or if a group is not one for it."""
     if jax.default_backend() != "gpu":
         return None
     from lorapro_jax import _full_cuda  # imports Pallas, which nobody else needs
 
-    return _full_cuda.adam_of(p, group, adam) if _full_cuda.supported() else None
+    if not _full_cuda.supported():
+        return None
+    kernels = [_full_cuda.adam_of(p, group, adam) for p in problems]
+    if None in kernels:
+        return None
+
+    def each(taken, moments, count):
+        return [f(*of, count) for f, *of in zip(kernels, taken, moments, strict=True)]
+
+    return each
 
 
 class Blocks(NamedTuple):
@@ -129,29 +147,38 @@ def _blocks(p: Problem, group: Group, size: int) -> Blocks:
 
 
 def _by_blocks(
-    p: Problem,
+    problems: Sequence[Problem],
     group: Group,
     adam: Adam,
     blocks: Blocks,
-    taken: tuple[Array, Array],
-    moments: tuple[Array, Array],
+    taken: Sequence[tuple[Array, Array]],
+    moments: Sequence[tuple[Array, Array]],
     count: Array,
-) -> tuple[Array, Array, Array, Array]:
-    """`_adam`, a block of rows of one pair at a time."""
-    one = functools.partial(_one_block, p, group, adam, taken[1], count)
+) -> list[tuple[Array, Array, Array, Array]]:
+    """`_adam`, a block of rows of one pair of each group at a time."""
+    ones = [
+        functools.partial(_one_block, p, group, adam, db, count)
+        for p, (_, db) in zip(problems, taken, strict=True)
+    ]
     # A block's rows of da are not needed once its g~ is formed: those of h_a take their place. All
     # blocks need db, so that h_b, a sum over the blocks, gets an array of its own.
-    carry = *moments, taken[0], jnp.zeros_like(taken[1])
-    together = spec_of(p.a)[0] is not None  # each device has its own part of the batch
+    carries = [
+        (*held, da, jnp.zeros_like(db)) for held, (da, db) in zip(moments, taken, strict=True)
+    ]
+    together = spec_of(problems[0].a)[0] is not None  # each device has its own part of the batch
+
+    def all_of(place, carries):
+        return [one(place, carry) for one, carry in zip(ones, carries, strict=True)]
+
     if together and blocks.count == 1:
-        return one(Place(None), carry)
+        return all_of(Place(None), carries)
     number = jnp.uint32((1 if together else group.batch[0]) * blocks.count)
 
-    def step(i, carry):
+    def step(i, carries):
         i = jnp.asarray(i, jnp.uint32)
-        return one(_place(i, group, blocks, together=together), carry)
+        return all_of(_place(i, group, blocks, together=together), carries)
 
-    return lax.fori_loop(jnp.uint32(0), number, step, carry)
+    return lax.fori_loop(jnp.uint32(0), number, step, carries)
 
 
 def _place(i: Array, group: Group, blocks: Blocks, *, together: bool) -> "Place":

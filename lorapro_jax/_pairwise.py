@@ -29,7 +29,7 @@ from lorapro_jax._batch import (
     problem,
     unstacked,
 )
-from lorapro_jax._cpu import after
+from lorapro_jax._cpu import after, for_one_cpu
 from lorapro_jax._layouts import Pair, check_leaves, factor_indices, flatten, write
 
 # Pairs that a CPU has under way, where it takes groups in turn. Cores share groups rather than the
@@ -40,18 +40,29 @@ _PAIRS_AT_ONCE = 96
 Find = Callable[[list[str], list[Any]], tuple[Pair, ...]]
 
 
+# ((da, db), (new a, new b) -> new fields) of a group. Where the step is not known, a direction
+# stands in its place.
+Made = tuple[tuple[Array, Array], Callable[[Array, Array], tuple[Any, ...]]]
+
+
 class Rule(NamedTuple):
     """One mode: its state by group, and a step."""
 
     state: Any  # NamedTuple type: count, then fields by group, then rest
     init: Callable[[Group, Sequence[Any]], tuple[Any, ...]]  # a group's fields, from all leaves
-    update: Callable[
-        [Problem, Group, tuple[Any, ...], Array],
-        tuple[tuple[Array, Array], Callable[[Array, Array], tuple[Any, ...]]],
-    ]
-    # ((da, db), (new a, new b) -> new fields) of a group; the last argument is the number of this
-    # step, from 1. Where the step is not known, a direction stands in its place.
+    update: Callable[[Sequence[Problem], Group, Sequence[tuple[Any, ...]], Array], list[Made]]
+    # of groups of one shape; the last argument is the number of this step, from 1
     in_turn: bool = False  # whether a CPU should take few groups at once: see `after`
+    together: int = 1  # groups of one shape that a CPU should take in one call of `update`
+
+
+def each(one: Callable[[Problem, Group, tuple[Any, ...], Array], Made]) -> Callable:
+    """`Rule.update` from that of one group."""
+
+    def update(problems, group, fields, count):
+        return [one(p, group, own, count) for p, own in zip(problems, fields, strict=True)]
+
+    return update
 
 
 class Taken(NamedTuple):
@@ -103,41 +114,61 @@ def pairwise(
         others, rest_state = rest.update(updates, state.rest, jax.tree.unflatten(treedef, values))
         new = jax.tree.leaves(others)
         count = jnp.asarray(optax.safe_increment(state.count))
-        one = functools.partial(_one_group, rule, taken, count)
+        some = functools.partial(_alike, rule, taken, count)
         if any(isinstance(x, Tracer) for x in leaves):
             # Traced once for all groups of one shape. Eagerly it would be compiled at every call.
-            one = jax.jit(one, static_argnums=0)
+            some = jax.jit(some, static_argnums=0)
         made = {}
         under_way: deque[tuple[int, Array]] = deque()
         before = None
         found = groups(find(paths, leaves), values)
         at = places(found, leaves)
-        for name, group in found.items():
-            old = tuple(getattr(state, field)[name] for field in fields)
-            nameless = group._replace(pairs=())
-            pairs = math.prod(group.batch)
+        for names in _alike_names(found, rule.together if for_one_cpu(leaves[0]) else 1):
+            shape = found[names[0]]._replace(pairs=())
+            pairs = len(names) * math.prod(shape.batch)
             while under_way and pairs + sum(n for n, _ in under_way) > _PAIRS_AT_ONCE:
                 _, before = under_way.popleft()
-            p = after(before, functools.partial(problem, group, values, leaves, scale))
-            step, made[name] = one(nameless, p, old)
+            problems = [
+                after(before, functools.partial(problem, found[name], values, leaves, scale))
+                for name in names
+            ]
+            old = [tuple(getattr(state, field)[name] for field in fields) for name in names]
+            results = some(shape, problems, old)
             if rule.in_turn:
-                under_way.append((pairs, step[0]))
-            for pair, (da, db) in zip(group.pairs, unstacked(step, group, at), strict=True):
-                write(pair, da, db, new)
+                under_way.append((pairs, results[0][0][0]))
+            for name, (step, made[name]) in zip(names, results, strict=True):
+                of_pairs = unstacked(step, found[name], at)
+                for pair, (da, db) in zip(found[name].pairs, of_pairs, strict=True):
+                    write(pair, da, db, new)
         fresh = rule.state(count, *by_field(made, len(fields)), rest_state)
         return jax.tree.unflatten(treedef, new), fresh
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _one_group(
-    rule: Rule, taken: Taken | None, count: Array, group: Group, p: Problem, old: tuple[Any, ...]
-) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
-    """The step of a group, and its new fields."""
-    step, new = rule.update(p, group, old, count)
-    if taken is not None:
-        step = _take(p, group, step, count - 1, taken)
-    return step, new(p.a + step[0], p.b + step[1])
+def _alike_names(found: dict[str, Group], count: int) -> list[list[str]]:
+    """The names of groups of one shape, up to `count` at a time."""
+    alike: dict[Any, list[str]] = {}
+    for name, group in found.items():
+        alike.setdefault((group.pairs[0].rank, *group[1:]), []).append(name)
+    return [names[i : i + count] for names in alike.values() for i in range(0, len(names), count)]
+
+
+def _alike(
+    rule: Rule,
+    taken: Taken | None,
+    count: Array,
+    group: Group,
+    problems: list[Problem],
+    old: list[tuple[Any, ...]],
+) -> list[tuple[tuple[Array, Array], tuple[Any, ...]]]:
+    """The steps of groups of one shape, and their new fields."""
+    results = []
+    for p, (step, new) in zip(problems, rule.update(problems, group, old, count), strict=True):
+        if taken is not None:
+            step = _take(p, group, step, count - 1, taken)
+        results.append((step, new(p.a + step[0], p.b + step[1])))
+    return results
 
 
 def by_field(by_group: dict[str, tuple[Any, ...]], count: int) -> list[dict[str, Any]]:

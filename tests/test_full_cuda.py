@@ -33,10 +33,10 @@ every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def kernel(monkeypatch):
     """Full mode by the kernel; an error where it does not take a group."""
 
-    def by_kernel(p, group, taken, moments, count, adam):
-        step = _full_cuda.adam_of(p, group, adam, interpret=not ON_GPU)
-        assert step is not None
-        return step(taken, moments, count)
+    def by_kernel(problems, group, taken, moments, count, adam):
+        steps = [_full_cuda.adam_of(p, group, adam, interpret=not ON_GPU) for p in problems]
+        assert None not in steps
+        return [step(*of, count) for step, *of in zip(steps, taken, moments, strict=True)]
 
     monkeypatch.setattr(_full, "_adam", by_kernel)
 

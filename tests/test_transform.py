@@ -102,6 +102,26 @@ def test_a_pair_steps_as_it_would_alone(x64, mode):
         trees.assert_same_computation({"x": together[name]}, alone)
 
 
+@every_mode
+def test_a_kind_steps_as_it_would_alone(x64, mode):
+    """Three kinds of one shape, of which a CPU takes two at once in full mode, and another."""
+    shapes = {f"{kind}_{i}": (7, 2, 5) for kind in "qkv" for i in range(3)}
+    params, grads, _ = trees.make(shapes=shapes | {"o_0": (5, 2, 7), "o_1": (5, 2, 7)})
+    tx = lp.scale_by_lorapro_adam(SCALE, mode=mode)
+
+    @jax.jit
+    def two_steps(grads, params):
+        _, state = tx.update(grads, tx.init(params), params)
+        return tx.update(grads, state, params)[0]
+
+    together = two_steps(grads, params)
+    for kind in "qkvo":
+        own_params, own_grads, own = (
+            {k: v for k, v in tree.items() if k[0] == kind} for tree in (params, grads, together)
+        )
+        trees.assert_same_computation(own, two_steps(own_grads, own_params))
+
+
 def kernels(compiled):
     """The distinct fused computations of a program, whatever their values are called."""
     bodies = re.findall(r"^%\S*fused_computation\S* \(.*?^}", compiled.as_text(), re.M | re.S)
