@@ -7,10 +7,11 @@ kind), 144 of 768 x 768 and 48 of 768 x 3072 (half of them transposed), r = 8, f
 factors and gradients. `--one-kind` names them alike: a few large groups in the place of 16. One
 call is one whole optimizer step, parameters included, jitted with donated buffers. The reference is
 optax.adamw on the same tree. "dense floor" is one pass over two (m, n) moments a pair, which full
-mode cannot do without (`floors.dense_floor`). The PyTorch rows appear where `torch` and
+mode cannot do without (`floors.dense_floor`), "dense adam" plain Adam on (m, n) weights, which
+reads a gradient and writes an update besides. The PyTorch rows appear where `torch` and
 `lora-pro-adamw` are installed (pip install torch==2.13.0; pip install --no-deps
 lora-pro-adamw==0.2.1); its efficient mode runs its default solver. `ratio_to_ours` compares a row
-with our row of the same mode (the floor with full), round by round.
+with our row of the same mode (the dense ones with full), round by round.
 """
 
 import dataclasses
@@ -46,7 +47,7 @@ class Settings:
 
     rounds: int = 60
     torch_rounds: int = 20  # of PyTorch's efficient mode
-    full_rounds: int = 5  # of both full modes and the dense floor
+    full_rounds: int = 10  # of both full modes and the dense variants
     rank: int = 8
     one_kind: bool = False
     results: pathlib.Path = pathlib.Path("experiments/results/bench_update.jsonl")
@@ -133,8 +134,9 @@ def main(settings: Settings) -> None:
     params, grads = (tree(shapes, settings.rank, seed) for seed in (0, 1))
     made = {name: stepper(tx, params, grads) for name, tx in transformations().items()}
     made["dense floor"] = floors.dense_floor(list(shapes.values()))
+    made["dense adam"] = floors.dense_adam(list(shapes.values()))
     calls = {name: call for name, (call, _) in made.items()}
-    few = {"full": settings.full_rounds, "dense floor": settings.full_rounds}
+    few = dict.fromkeys(("full", "dense floor", "dense adam"), settings.full_rounds)
     if all(importlib.util.find_spec(name) for name in ("torch", "lora_pro")):
         theirs = torch_steppers(params, grads, settings.rank)
         calls |= theirs
@@ -144,7 +146,8 @@ def main(settings: Settings) -> None:
     times = timing.by_turns(calls, settings.rounds, few)
     rows = timing.summary(times, "adamw")
     for row in rows:
-        mode = row["variant"].removeprefix("torch ").replace("dense floor", "full")
+        mode = row["variant"].removeprefix("torch ")
+        mode = "full" if mode.startswith("dense") else mode
         pairs = zip(times[row["variant"]], times[mode], strict=False)
         row["ratio_to_ours"] = statistics.median(x / y for x, y in pairs)
         row["state_bytes"] = made[row["variant"]][1] if row["variant"] in made else None
