@@ -33,8 +33,8 @@ def after(before: Array | None, make: Callable[[], Any]) -> Any:
     """`make()`, on a single CPU not until `before` is there, if one is given.
 
     XLA takes all groups of pairs of an update at once. The arrays between the factors and the step
-    of one or two groups nearly fit a cache; those of all do not, and are so many that the C library
-    has them mapped anew, page by page, in every step. A branch is the one wait that XLA keeps.
+    of some groups nearly fit a cache; those of all do not, and are so many that the C library has
+    them mapped anew, page by page, in every step. A branch is the one wait that XLA keeps.
     """
     if before is None or not for_one_cpu(before):
         return make()

@@ -40,8 +40,8 @@ _BLOCK = 256 << 20
 _ROWS_PER_RANK = 2
 
 
-# Groups of one shape whose blocks a CPU takes at once. XLA runs loops one after the other, and what
-# is independent within one on several cores.
+# Groups of one shape whose blocks a CPU takes at once. XLA gives all loops the same temporary
+# memory: they run one after the other. What is independent within one runs on several cores.
 _TOGETHER = 2
 
 
@@ -117,8 +117,8 @@ def _cuda_kernel(problems: Sequence[Problem], group: Group, adam: Adam) -> Calla
 
     if not _full_cuda.supported():
         return None
-    kernels = [_full_cuda.adam_of(p, group, adam) for p in problems]
-    if None in kernels:
+    kernels = [f for p in problems if (f := _full_cuda.adam_of(p, group, adam)) is not None]
+    if len(kernels) < len(problems):
         return None
 
     def each(taken, moments, count):
