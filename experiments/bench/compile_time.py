@@ -17,7 +17,7 @@ import tyro
 
 import lorapro_jax as lp
 from experiments.bench import timing
-from experiments.bench.update import LAYER, SCALE, transformations
+from experiments.bench.update import SCALE, T5_MLP, transformations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Settings:
 def shapes(pairs: int) -> list[tuple[int, int]]:
     """T5-base's three shapes in T5-base's proportions (6 : 1 : 1)."""
     eighth = max(pairs // 8, 1)
-    return [(768, 768)] * (pairs - 2 * eighth) + [LAYER["wi"]] * eighth + [LAYER["wo"]] * eighth
+    return [(768, 768)] * (pairs - 2 * eighth) + [T5_MLP["wi"]] * eighth + [T5_MLP["wo"]] * eighth
 
 
 def tree(rank: int, pairs: list[tuple[int, int]]) -> dict:

@@ -31,12 +31,12 @@ import numpy as np
 import tyro
 
 from experiments.bench import floors, timing
-from experiments.bench.update import stepper, transformations, tree
+from experiments.bench.update import T5_MLP, stepper, transformations, tree
 from experiments.provenance import provenance
 
 # input and output widths of a layer's linear maps
 LAYERS: dict[str, dict[str, tuple[int, int]]] = {
-    "t5-base": dict.fromkeys("qkvo", (768, 768)) | {"wi": (768, 3072), "wo": (3072, 768)},
+    "t5-base": dict.fromkeys("qkvo", (768, 768)) | T5_MLP,
     "llama-3-8b": dict.fromkeys("qo", (4096, 4096))
     | dict.fromkeys("kv", (4096, 1024))
     | dict.fromkeys(("gate", "up"), (4096, 14336))

@@ -25,7 +25,8 @@ POD_BEGIN, POD_END = "<!-- pod:begin -->", "<!-- pod:end -->"
 TITLES = {
     "bench_update": "One update of T5-base's 192 adapter pairs (144 of 768 x 768, 48 of 768 x "
     "3072, r = 8, float32), parameters included. `torch` is lora-pro-adamw 0.2.1 on PyTorch "
-    "2.13.0, its two modes as they come; `dense floor` is one pass over full mode's moments.",
+    "2.13.0, its two modes as they come; `dense floor` is one pass over full mode's moments, "
+    "`dense adam` plain Adam on weights of these shapes.",
     "bench_train_step": "One whole training step of MiniLM by method, 32 x 64 tokens, r = 8 on all "
     "36 linear layers.",
     "bench_t5_step": "One whole training step of a T5 of t5-base's shapes, random weights, text to "

@@ -31,9 +31,9 @@ from rich.console import Console
 import lorapro_jax as lp
 from experiments.bench import floors, timing
 
-LAYER = {"wi": (768, 3072), "wo": (3072, 768)}
+T5_MLP = {"wi": (768, 3072), "wo": (3072, 768)}
 SHAPES = {
-    f"{stack}/block_{i}/{place}": LAYER.get(place[-2:], (768, 768))
+    f"{stack}/block_{i}/{place}": T5_MLP.get(place[-2:], (768, 768))
     for stack, attentions in (("encoder", ("self",)), ("decoder", ("self", "cross")))
     for i in range(12)
     for place in (*(f"{kind}/{x}" for kind in attentions for x in "qkvo"), "mlp/wi", "mlp/wo")
