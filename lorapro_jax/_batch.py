@@ -6,13 +6,13 @@ need not be: stacking a column-parallel and a row-parallel factor would move one
 devices.
 """
 
+import operator
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array
 
 from lorapro_jax import _cpu, _solve
@@ -24,9 +24,10 @@ from lorapro_jax._sharding import explicit, placed, spec_of
 from lorapro_jax._solve import Spectrum
 
 # Pairs of a group, at most: an update is compiled group by group, and an accelerator starts every
-# kernel once a group. On 2 CPU cores 1,000 pairs of factored mode compile a third faster in groups
-# of 125 than of 48. Its step of 144 pairs of one kind is a tenth slower in one group than in three,
-# the other modes' is not; few models have more layers than 80.
+# kernel once a group. On 2 CPU cores 1,000 pairs of factored mode compile fastest in groups of 125:
+# by 48 it takes half as long again, by 250 a sixth (the one copy that stacks a group takes LLVM
+# longer than in proportion). Its step of 144 pairs of one kind is a tenth slower in one group than
+# in three, the other modes' is not; few models have more layers than 80.
 _PAIRS_PER_GROUP = 128
 
 Scale = float | Array | Callable[[str], float]
@@ -69,6 +70,11 @@ class Group(NamedTuple):
     def stacked(self) -> bool:
         """Whether the leading axis was made by stacking pairs."""
         return not self.pairs[0].a_axes.batch
+
+    @property
+    def leaves(self) -> list[int]:
+        """Where the factors stand in the flattened tree: a and b of each pair."""
+        return [at for pair in self.pairs for at in (pair.a, pair.b)]
 
 
 def aligned(paths: list[str], leaves: list[Any], params: Any) -> list[Any]:
@@ -114,20 +120,33 @@ def _kernel(pair: Pair, params: Sequence[Any]) -> tuple[Any, ...]:
     return batch, m, n, jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
 
 
-def problem(
-    group: Group, params: Sequence[Array], gradients: Sequence[Array], scale: Scale
-) -> Problem:
-    """The pairs of a group of two flattened trees, in float32 or better."""
-    scales = []
-    for pair in group.pairs:
-        s = scale(pair.path) if callable(scale) else scale
+def own(group: Group, *trees: Sequence[Any]) -> tuple[Group, list[list[Any]]]:
+    """The group with its pairs numbered among its own leaves, and those of each flattened tree.
+
+    Groups of pairs that lie alike are equal then: what is traced for one serves the others.
+    """
+    numbered = enumerate(group.pairs)
+    pairs = tuple(pair._replace(path="", a=2 * i, b=2 * i + 1) for i, pair in numbered)
+    return group._replace(pairs=pairs), [[tree[at] for at in group.leaves] for tree in trees]
+
+
+def scale_of(group: Group, scale: Scale) -> Array:
+    """The s of each pair, (pairs,), or () where it is one for all."""
+    if not callable(scale):
+        check_scale(scale)
+        return jnp.asarray(scale)
+    numbers = [scale(pair.path) for pair in group.pairs]
+    for pair, s in zip(group.pairs, numbers, strict=True):
         check_scale(s, f"{pair.path}: scale")
-        scales.append(jnp.asarray(s))
+    return jnp.asarray(numbers if group.stacked else numbers[0])
+
+
+def problem(group: Group, params: Sequence[Array], gradients: Sequence[Array], s: Array) -> Problem:
+    """The pairs of a group of two flattened trees, in float32 or better; s is its `scale_of`."""
     slopes = stacked(group, gradients, read_gradients)
     wide = [_solve.widen(x) for x in (*stacked(group, params), *slopes)]
     dtype = jnp.result_type(*wide)
     sharding = explicit(wide[0], spec_of(wide[0])[: len(group.batch)])
-    s = jnp.stack(scales) if group.stacked else scales[0]
     s = jnp.broadcast_to(s, group.batch, out_sharding=sharding)
     return Problem(*(x.astype(dtype) for x in (*wide, s)))
 
@@ -137,6 +156,8 @@ def stacked(group: Group, leaves: Sequence[Array], reader: Callable = read) -> l
     columns = zip(*(reader(pair, leaves) for pair in group.pairs), strict=True)
     if not group.stacked:
         return [column[0] for column in columns]
+    if _cpu.for_one_cpu(leaves[0]):
+        return [_cpu.stack(column) for column in columns]
     return [jnp.stack([placed(x, spec_of(column[0])) for x in column]) for column in columns]
 
 
@@ -157,23 +178,22 @@ def factor_zeros(group: Group, leaves: Sequence[Any], dtype: Any = None) -> tupl
     return zero_a, zero_b
 
 
-def places(by_name: dict[str, Group], leaves: Sequence[Array]) -> Sequence[int | Array]:
-    """Where the pairs of a group stand in its arrays, for all groups of flattened gradients."""
+def places(by_name: dict[str, Group], leaves: Sequence[Array]) -> Sequence[Array] | None:
+    """`_cpu.places` of a group's pairs in its arrays, for all groups of flattened gradients."""
     if not by_name:
-        return ()
+        return None
     longest = max((group.pairs for group in by_name.values()), key=len)
     return _cpu.places(len(longest), leaves[longest[0].a])
 
 
-def unstacked(tree: Any, group: Group, at: Sequence[int | Array]) -> list[Any]:
+def unstacked(tree: Any, group: Group, at: Sequence[Array] | None) -> list[Any]:
     """One tree for each pair of the group; `at` are its `places`."""
     if not group.stacked:
         return [tree]
-
-    def of(x: Array, i: int | Array) -> Array:
-        return x[i] if isinstance(i, int) else lax.dynamic_index_in_dim(x, i, keepdims=False)
-
-    return [jax.tree.map(lambda x, i=i: of(x, i), tree) for i in at[: len(group.pairs)]]
+    if at is None:
+        return [jax.tree.map(operator.itemgetter(i), tree) for i in range(len(group.pairs))]
+    known = at[: len(group.pairs)]
+    return [jax.tree.map(lambda x, place=place: _cpu.at_place(x, place), tree) for place in known]
 
 
 def over_batch(f: Callable, group: Group, in_axes: Any = 0) -> Callable:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array
@@ -29,26 +30,44 @@ def _true_of(x: Array) -> Array:
     return (first >= 0) | (first < 0) | jnp.isnan(first)
 
 
+def once_there(x: Array) -> Array | None:
+    """What `after` waits for: `x`, an array of floats. None where more than a CPU runs it."""
+    return _true_of(x) if for_one_cpu(x) else None
+
+
 def after(before: Array | None, make: Callable[[], Any]) -> Any:
-    """`make()`, on a single CPU not until `before` is there, if one is given.
+    """`make()`, not until that which `before` is `once_there` of is there, if any.
 
     XLA takes all groups of pairs of an update at once. The arrays between the factors and the step
     of some groups nearly fit a cache; those of all do not, and are so many that the C library has
     them mapped anew, page by page, in every step. A branch is the one wait that XLA keeps.
     """
-    if before is None or not for_one_cpu(before):
+    if before is None:
         return make()
     nothing = functools.partial(jax.tree.map, jnp.zeros_like, jax.eval_shape(make))
-    return lax.cond(_true_of(before), make, nothing)
+    return lax.cond(before, make, nothing)
 
 
-def places(count: int, x: Array) -> Sequence[int | Array]:
+def stack(arrays: Sequence[Array]) -> Array:
+    """`jnp.stack` of arrays with an axis at least: one operation in the place of one for each."""
+    shape = arrays[0].shape
+    return jnp.reshape(lax.concatenate(arrays, 0), (len(arrays), *shape))
+
+
+def places(count: int, x: Array) -> Sequence[Array] | None:
     """0, 1 and so on, of which XLA does not know which is which; `x` is any array of floats.
 
     A slice at a place that XLA knows is a kernel of its own for every place, and those were half of
-    what an update of many pairs takes to compile. Slices at unknown places are one kernel.
+    what an update of many pairs takes to compile. Slices at unknown places are one kernel. None if
+    the program is for more than a CPU.
     """
     if not for_one_cpu(x):
-        return range(count)
+        return None
     numbers = [jnp.uint32(i) for i in range(count)]
     return lax.cond(_true_of(x), lambda: numbers, lambda: [jnp.zeros_like(i) for i in numbers])
+
+
+def at_place(x: Array, place: Array) -> Array:
+    """x[place] of one of `places`."""
+    start = (place, *(np.uint32(0) for _ in x.shape[1:]))
+    return jnp.reshape(lax.dynamic_slice(x, start, (1, *x.shape[1:])), x.shape[1:])

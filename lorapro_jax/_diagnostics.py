@@ -21,6 +21,7 @@ from lorapro_jax._batch import (
     over_batch,
     places,
     problem,
+    scale_of,
     stacked,
     unstacked,
 )
@@ -93,7 +94,7 @@ def diagnose(
     found, alike = {}, groups(pairs, values)
     at = places(alike, leaves)
     for group in alike.values():
-        p = problem(group, values, leaves, scale)
+        p = problem(group, values, leaves, scale_of(group, scale))
         _, target = first_steps(p, group, ClosedForm("sylvester", 0.0, "gram"))
         if new is None:
             _, taken = first_steps(p, group, ClosedForm("sylvester", damping, "gram"))

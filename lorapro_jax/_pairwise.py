@@ -25,11 +25,13 @@ from lorapro_jax._batch import (
     aligned,
     groups,
     over_batch,
+    own,
     places,
     problem,
+    scale_of,
     unstacked,
 )
-from lorapro_jax._cpu import after, for_one_cpu
+from lorapro_jax._cpu import after, for_one_cpu, once_there
 from lorapro_jax._layouts import Pair, check_leaves, factor_indices, flatten, write
 
 # Pairs that a CPU has under way, where it takes groups in turn. Cores share groups rather than the
@@ -114,36 +116,43 @@ def pairwise(
         others, rest_state = rest.update(updates, state.rest, jax.tree.unflatten(treedef, values))
         new = jax.tree.leaves(others)
         count = jnp.asarray(optax.safe_increment(state.count))
-        some = functools.partial(_alike, rule, taken, count)
+        some = functools.partial(_alike, rule, taken)
         if any(isinstance(x, Tracer) for x in leaves):
             # Traced once for all groups of one shape. Eagerly it would be compiled at every call.
             some = jax.jit(some, static_argnums=0)
         made = {}
-        under_way: deque[tuple[int, Array]] = deque()
-        before = None
         found = groups(find(paths, leaves), values)
         at = places(found, leaves)
+        under_way: deque[tuple[int, Array | None]] = deque()
+        waits = rule.in_turn and sum(map(_pairs, found.values())) > _PAIRS_AT_ONCE
+        # The first group waits for nothing, but as all others: one trace serves them.
+        before = once_there(leaves[0]) if waits else None
         for names in _alike_names(found, rule.together if for_one_cpu(leaves[0]) else 1):
-            shape = found[names[0]]._replace(pairs=())
-            pairs = len(names) * math.prod(shape.batch)
+            chosen = [found[name] for name in names]
+            pairs = sum(map(_pairs, chosen))
             while under_way and pairs + sum(n for n, _ in under_way) > _PAIRS_AT_ONCE:
                 _, before = under_way.popleft()
-            problems = [
-                after(before, functools.partial(problem, found[name], values, leaves, scale))
-                for name in names
-            ]
-            old = [tuple(getattr(state, field)[name] for field in fields) for name in names]
-            results = some(shape, problems, old)
-            if rule.in_turn:
-                under_way.append((pairs, results[0][0][0]))
-            for name, (step, made[name]) in zip(names, results, strict=True):
-                of_pairs = unstacked(step, found[name], at)
-                for pair, (da, db) in zip(found[name].pairs, of_pairs, strict=True):
-                    write(pair, da, db, new)
+            alike, given = [], []
+            for name, group in zip(names, chosen, strict=True):
+                own_group, (own_values, own_leaves) = own(group, values, leaves)
+                old = tuple(getattr(state, field)[name] for field in fields)
+                alike.append(own_group)
+                given.append(_Given(own_values, own_leaves, scale_of(group, scale), old))
+            results, there = some(tuple(alike), given, count, at, before)
+            if waits:
+                under_way.append((pairs, there))
+            made |= {name: fields for name, (_, fields) in zip(names, results, strict=True)}
+            for group, (steps, _) in zip(chosen, results, strict=True):
+                for i, step in zip(group.leaves, steps, strict=True):
+                    new[i] = step
         fresh = rule.state(count, *by_field(made, len(fields)), rest_state)
         return jax.tree.unflatten(treedef, new), fresh
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _pairs(group: Group) -> int:
+    return math.prod(group.batch)
 
 
 def _alike_names(found: dict[str, Group], count: int) -> list[list[str]]:
@@ -154,21 +163,39 @@ def _alike_names(found: dict[str, Group], count: int) -> list[list[str]]:
     return [names[i : i + count] for names in alike.values() for i in range(0, len(names), count)]
 
 
+class _Given(NamedTuple):
+    """What the step of a group is made from; the leaves are the group's own."""
+
+    values: list[Array]
+    gradients: list[Array]
+    s: Array
+    fields: tuple[Any, ...]
+
+
 def _alike(
     rule: Rule,
     taken: Taken | None,
+    alike: tuple[Group, ...],
+    given: list[_Given],
     count: Array,
-    group: Group,
-    problems: list[Problem],
-    old: list[tuple[Any, ...]],
-) -> list[tuple[tuple[Array, Array], tuple[Any, ...]]]:
-    """The steps of groups of one shape, and their new fields."""
+    at: Sequence[Array] | None,
+    before: Array | None,
+) -> tuple[list[tuple[list[Array], tuple[Any, ...]]], Array | None]:
+    """The steps of groups of one shape, by leaves, and their new fields; and once it is there."""
+    problems = [
+        after(before, functools.partial(problem, group, its.values, its.gradients, its.s))
+        for group, its in zip(alike, given, strict=True)
+    ]
+    made = rule.update(problems, alike[0], [its.fields for its in given], count)
     results = []
-    for p, (step, new) in zip(problems, rule.update(problems, group, old, count), strict=True):
+    for group, its, p, (step, new) in zip(alike, given, problems, made, strict=True):
         if taken is not None:
             step = _take(p, group, step, count - 1, taken)
-        results.append((step, new(p.a + step[0], p.b + step[1])))
-    return results
+        steps = list(its.gradients)
+        for pair, (da, db) in zip(group.pairs, unstacked(step, group, at), strict=True):
+            write(pair, da, db, steps)
+        results.append((steps, new(p.a + step[0], p.b + step[1])))
+    return results, once_there(step[0])
 
 
 def by_field(by_group: dict[str, tuple[Any, ...]], count: int) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from lorapro_jax._batch import (
     groups,
     places,
     problem,
+    scale_of,
     unstacked,
 )
 from lorapro_jax._checks import check_between, check_one_of, check_scale
@@ -104,7 +105,8 @@ def lorapro(
         found = groups(pairs, values)
         at = places(found, leaves)
         for group in found.values():
-            _, taken = first_steps(problem(group, values, leaves, scale), group, form)
+            p = problem(group, values, leaves, scale_of(group, scale))
+            _, taken = first_steps(p, group, form)
             for pair, (da, db) in zip(group.pairs, unstacked(taken, group, at), strict=True):
                 write(pair, da, db, new)
         return jax.tree.unflatten(treedef, new), state

@@ -54,9 +54,10 @@ def step(
         ridge = jnp.maximum(damping, info.eps) * size + info.tiny
         first = _Grams(*(jnp.where(b_first, x, y) for x, y in zip(right, left, strict=True)))
         fit, eye = _fit(first, t, ridge.astype(P.dtype)), jnp.eye(len(P), dtype=P.dtype)
-        # (b b'ᵀ)(b' b'ᵀ)⁻¹ on the right of da, (a'ᵀa')⁻¹ a'ᵀa on the left of db
-        da = dot(da, jnp.where(b_first, fit, eye))
-        db = dot(jnp.where(b_first, eye, fit.T), db)
+        # (b b'ᵀ)(b' b'ᵀ)⁻¹ on the right of da, (a'ᵀa')⁻¹ a'ᵀa on the left of db, and -t in both: a
+        # product is an array of its own, and no pair's slice of it computes anything
+        da = dot(da, -t * jnp.where(b_first, fit, eye))
+        return da, dot(-t * jnp.where(b_first, eye, fit.T), db)
     return -t * da, -t * db
 
 
