@@ -50,8 +50,7 @@ def after(before: Array | None, make: Callable[[], Any]) -> Any:
 
 def stack(arrays: Sequence[Array]) -> Array:
     """`jnp.stack` of arrays with an axis at least: one operation in the place of one for each."""
-    shape = arrays[0].shape
-    return jnp.reshape(lax.concatenate(arrays, 0), (len(arrays), *shape))
+    return jnp.reshape(jnp.concatenate(arrays), (len(arrays), *arrays[0].shape))
 
 
 def places(count: int, x: Array) -> Sequence[Array] | None:

@@ -122,6 +122,24 @@ def test_a_kind_steps_as_it_would_alone(x64, mode):
         trees.assert_same_computation(own, two_steps(own_grads, own_params))
 
 
+@every_transform
+def test_pairs_of_one_kind_may_differ_in_dtype(make):
+    params, grads, _ = trees.make(dtype=jnp.float32, shapes={f"x{i}": (7, 2, 5) for i in range(3)})
+    params["x1"], grads["x1"] = jax.tree.map(
+        lambda x: x.astype(jnp.bfloat16), (params["x1"], grads["x1"])
+    )
+    tx = make()
+    update = jax.jit(lambda grads, params: tx.update(grads, tx.init(params), params)[0])
+    together = update(grads, params)
+    for name in params:
+        alone = update({name: grads[name]}, {name: params[name]})[name]
+        for leaf, x in alone.items():
+            assert together[name][leaf].dtype == x.dtype == params[name][leaf].dtype
+            x, y = (np.asarray(v, np.float32) for v in (x, together[name][leaf]))
+            rounding = 2.0**-8 if params[name][leaf].dtype == jnp.bfloat16 else 1e-5
+            np.testing.assert_allclose(y, x, rtol=rounding, atol=1e-6 * np.max(np.abs(x)))
+
+
 def kernels(compiled):
     """The distinct fused computations of a program, whatever their values are called."""
     bodies = re.findall(r"^%\S*fused_computation\S* \(.*?^}", compiled.as_text(), re.M | re.S)
