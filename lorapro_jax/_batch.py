@@ -24,10 +24,11 @@ from lorapro_jax._sharding import explicit, placed, spec_of
 from lorapro_jax._solve import Spectrum
 
 # Pairs of a group, at most: an update is compiled group by group, and an accelerator starts every
-# kernel once a group. On 2 CPU cores 1,000 pairs of factored mode compile fastest in groups of 125:
-# by 48 it takes half as long again, by 250 a sixth (the one copy that stacks a group takes LLVM
-# longer than in proportion). Its step of 144 pairs of one kind is a tenth slower in one group than
-# in three, the other modes' is not; few models have more layers than 80.
+# kernel once a group. On 2 CPU cores 1,000 pairs of factored mode compile in 1.15 times the time in
+# groups of up to 250, for LLVM takes longer than in proportion over the one copy that stacks a
+# group, and in 1.6 times with 96 or 64, which make groups of two sizes. Its step of 144 pairs of
+# one kind is a tenth slower in one group than in three, the other modes' is not; few models have
+# more than 80 of a kind.
 _PAIRS_PER_GROUP = 128
 
 Scale = float | Array | Callable[[str], float]

@@ -31,12 +31,12 @@ def _true_of(x: Array) -> Array:
 
 
 def once_there(x: Array) -> Array | None:
-    """What `after` waits for: `x`, an array of floats. None where more than a CPU runs it."""
+    """What `after` waits for, until there is `x`, an array of floats; None if not for one CPU."""
     return _true_of(x) if for_one_cpu(x) else None
 
 
 def after(before: Array | None, make: Callable[[], Any]) -> Any:
-    """`make()`, not until that which `before` is `once_there` of is there, if any.
+    """`make()`, but not before there is the array that `before` is `once_there` of, if any.
 
     XLA takes all groups of pairs of an update at once. The arrays between the factors and the step
     of some groups nearly fit a cache; those of all do not, and are so many that the C library has
@@ -49,7 +49,7 @@ def after(before: Array | None, make: Callable[[], Any]) -> Any:
 
 
 def stack(arrays: Sequence[Array]) -> Array:
-    """`jnp.stack` of arrays with an axis at least: one operation in the place of one for each."""
+    """`jnp.stack` of arrays with one axis or more, as one operation and not one for each too."""
     return jnp.reshape(jnp.concatenate(arrays), (len(arrays), *arrays[0].shape))
 
 
@@ -58,7 +58,7 @@ def places(count: int, x: Array) -> Sequence[Array] | None:
 
     A slice at a place that XLA knows is a kernel of its own for every place, and those were half of
     what an update of many pairs takes to compile. Slices at unknown places are one kernel. None if
-    the program is for more than a CPU.
+    the program is not for one CPU.
     """
     if not for_one_cpu(x):
         return None
