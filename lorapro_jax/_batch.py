@@ -6,6 +6,7 @@ need not be: stacking a column-parallel and a row-parallel factor would move one
 devices.
 """
 
+import functools
 import operator
 import re
 from collections.abc import Callable, Sequence
@@ -13,12 +14,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array
 
 from lorapro_jax import _cpu, _solve
 from lorapro_jax._checks import check_scale
 from lorapro_jax._closed_form import ClosedForm
-from lorapro_jax._layouts import Pair, factor_specs, flatten, read, read_gradients
+from lorapro_jax._layouts import Pair, factor_specs, flatten, read, read_gradients, write
 from lorapro_jax._orthogonal import Frames
 from lorapro_jax._sharding import explicit, placed, spec_of
 from lorapro_jax._solve import Spectrum
@@ -193,8 +195,17 @@ def unstacked(tree: Any, group: Group, at: Sequence[Array] | None) -> list[Any]:
         return [tree]
     if at is None:
         return [jax.tree.map(operator.itemgetter(i), tree) for i in range(len(group.pairs))]
+    pick = functools.partial(lax.dynamic_index_in_dim, keepdims=False)
     known = at[: len(group.pairs)]
-    return [jax.tree.map(lambda x, place=place: _cpu.at_place(x, place), tree) for place in known]
+    return [jax.tree.map(functools.partial(pick, index=place), tree) for place in known]
+
+
+def write_steps(
+    step: tuple[Array, Array], group: Group, at: Sequence[Array] | None, leaves: list[Any]
+) -> None:
+    """Puts the (da, db) of a group in the place of its pairs' leaves, in their axes and dtype."""
+    for pair, (da, db) in zip(group.pairs, unstacked(step, group, at), strict=True):
+        write(pair, da, db, leaves)
 
 
 def over_batch(f: Callable, group: Group, in_axes: Any = 0) -> Callable:

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array
@@ -24,15 +23,12 @@ def for_one_cpu(x: Any) -> bool:
     return cpu and isinstance(x, Tracer) and possible_shards(x) == 1
 
 
-def _true_of(x: Array) -> Array:
-    """True, once there is `x`, an array of floats."""
+def once_there(x: Array) -> Array | None:
+    """True, once there is `x`, an array of floats; None if the program is not for one CPU."""
+    if not for_one_cpu(x):
+        return None
     first = x[(0,) * x.ndim]
     return (first >= 0) | (first < 0) | jnp.isnan(first)
-
-
-def once_there(x: Array) -> Array | None:
-    """What `after` waits for, until there is `x`, an array of floats; None if not for one CPU."""
-    return _true_of(x) if for_one_cpu(x) else None
 
 
 def after(before: Array | None, make: Callable[[], Any]) -> Any:
@@ -60,13 +56,8 @@ def places(count: int, x: Array) -> Sequence[Array] | None:
     what an update of many pairs takes to compile. Slices at unknown places are one kernel. None if
     the program is not for one CPU.
     """
-    if not for_one_cpu(x):
+    there = once_there(x)
+    if there is None:
         return None
     numbers = [jnp.uint32(i) for i in range(count)]
-    return lax.cond(_true_of(x), lambda: numbers, lambda: [jnp.zeros_like(i) for i in numbers])
-
-
-def at_place(x: Array, place: Array) -> Array:
-    """x[place] of one of `places`."""
-    start = (place, *(np.uint32(0) for _ in x.shape[1:]))
-    return jnp.reshape(lax.dynamic_slice(x, start, (1, *x.shape[1:])), x.shape[1:])
+    return lax.cond(there, lambda: numbers, lambda: [jnp.zeros_like(i) for i in numbers])

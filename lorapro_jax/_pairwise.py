@@ -29,10 +29,10 @@ from lorapro_jax._batch import (
     places,
     problem,
     scale_of,
-    unstacked,
+    write_steps,
 )
 from lorapro_jax._cpu import after, for_one_cpu, once_there
-from lorapro_jax._layouts import Pair, check_leaves, factor_indices, flatten, write
+from lorapro_jax._layouts import Pair, check_leaves, factor_indices, flatten
 
 # Pairs that a CPU has under way, where it takes groups in turn. Cores share groups rather than the
 # small products of one: on 2 of them T5-base's groups of 12 pairs take factored mode 7% less time
@@ -62,7 +62,7 @@ def each(one: Callable[[Problem, Group, tuple[Any, ...], Array], Made]) -> Calla
     """`Rule.update` from that of one group."""
 
     def update(problems, group, fields, count):
-        return [one(p, group, own, count) for p, own in zip(problems, fields, strict=True)]
+        return [one(p, group, its, count) for p, its in zip(problems, fields, strict=True)]
 
     return update
 
@@ -116,39 +116,63 @@ def pairwise(
         others, rest_state = rest.update(updates, state.rest, jax.tree.unflatten(treedef, values))
         new = jax.tree.leaves(others)
         count = jnp.asarray(optax.safe_increment(state.count))
-        some = functools.partial(_alike, rule, taken)
-        if any(isinstance(x, Tracer) for x in leaves):
-            # Traced once for all groups of one shape. Eagerly it would be compiled at every call.
-            some = jax.jit(some, static_argnums=0)
-        made = {}
         found = groups(find(paths, leaves), values)
-        at = places(found, leaves)
-        under_way: deque[tuple[int, Array | None]] = deque()
-        waits = rule.in_turn and sum(map(_pairs, found.values())) > _PAIRS_AT_ONCE
-        # The first group waits for nothing, but as all others: one trace serves them.
-        before = once_there(leaves[0]) if waits else None
-        for names in _alike_names(found, rule.together if for_one_cpu(leaves[0]) else 1):
-            chosen = [found[name] for name in names]
-            pairs = sum(map(_pairs, chosen))
-            while under_way and pairs + sum(n for n, _ in under_way) > _PAIRS_AT_ONCE:
-                _, before = under_way.popleft()
-            alike, given = [], []
-            for name, group in zip(names, chosen, strict=True):
-                own_group, (own_values, own_leaves) = own(group, values, leaves)
-                old = tuple(getattr(state, field)[name] for field in fields)
-                alike.append(own_group)
-                given.append(_Given(own_values, own_leaves, scale_of(group, scale), old))
-            results, there = some(tuple(alike), given, count, at, before)
-            if waits:
-                under_way.append((pairs, there))
-            made |= {name: fields for name, (_, fields) in zip(names, results, strict=True)}
-            for group, (steps, _) in zip(chosen, results, strict=True):
-                for i, step in zip(group.leaves, steps, strict=True):
-                    new[i] = step
+        old = {name: tuple(getattr(state, field)[name] for field in fields) for name in found}
+        steps, made = _of_all(rule, taken, scale, found, values, leaves, old, count)
+        for i, step in steps.items():
+            new[i] = step
         fresh = rule.state(count, *by_field(made, len(fields)), rest_state)
         return jax.tree.unflatten(treedef, new), fresh
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+class _Given(NamedTuple):
+    """What the step of a group is made from; the leaves are the group's own."""
+
+    values: list[Array]
+    gradients: list[Array]
+    s: Array
+    fields: tuple[Any, ...]
+
+
+def _of_all(
+    rule: Rule,
+    taken: Taken | None,
+    scale: Scale,
+    found: dict[str, Group],
+    values: Sequence[Array],
+    gradients: Sequence[Array],
+    old: dict[str, tuple[Any, ...]],
+    count: Array,
+) -> tuple[dict[int, Array], dict[str, tuple[Any, ...]]]:
+    """The steps of all groups, by leaf, and their new fields, by group."""
+    some = functools.partial(_alike, rule, taken)
+    if any(isinstance(x, Tracer) for x in gradients):
+        # Traced once for all groups of one shape. Eagerly it would be compiled at every call.
+        some = jax.jit(some, static_argnums=0)
+    at = places(found, gradients)
+    waits = rule.in_turn and sum(map(_pairs, found.values())) > _PAIRS_AT_ONCE
+    # The first group waits for nothing, but as all others: one trace serves them.
+    before = once_there(gradients[0]) if waits else None
+    under_way: deque[tuple[int, Array | None]] = deque()
+    steps, made = {}, {}
+    for names in _alike_names(found, rule.together if for_one_cpu(gradients[0]) else 1):
+        pairs = sum(_pairs(found[name]) for name in names)
+        while under_way and pairs + sum(n for n, _ in under_way) > _PAIRS_AT_ONCE:
+            _, before = under_way.popleft()
+        chosen = [own(found[name], values, gradients) for name in names]
+        given = [
+            _Given(own_values, own_gradients, scale_of(found[name], scale), old[name])
+            for name, (_, (own_values, own_gradients)) in zip(names, chosen, strict=True)
+        ]
+        alike = tuple(group for group, _ in chosen)
+        results, there = some(alike, given, count, at, before)
+        if waits:
+            under_way.append((pairs, there))
+        for name, (of_group, made[name]) in zip(names, results, strict=True):
+            steps |= zip(found[name].leaves, of_group, strict=True)
+    return steps, made
 
 
 def _pairs(group: Group) -> int:
@@ -161,15 +185,6 @@ def _alike_names(found: dict[str, Group], count: int) -> list[list[str]]:
     for name, group in found.items():
         alike.setdefault((group.pairs[0].rank, *group[1:]), []).append(name)
     return [names[i : i + count] for names in alike.values() for i in range(0, len(names), count)]
-
-
-class _Given(NamedTuple):
-    """What the step of a group is made from; the leaves are the group's own."""
-
-    values: list[Array]
-    gradients: list[Array]
-    s: Array
-    fields: tuple[Any, ...]
 
 
 def _alike(
@@ -192,8 +207,7 @@ def _alike(
         if taken is not None:
             step = _take(p, group, step, count - 1, taken)
         steps = list(its.gradients)
-        for pair, (da, db) in zip(group.pairs, unstacked(step, group, at), strict=True):
-            write(pair, da, db, steps)
+        write_steps(step, group, at, steps)
         results.append((steps, new(p.a + step[0], p.b + step[1])))
     return results, once_there(step[0])
 

@@ -18,14 +18,14 @@ from lorapro_jax._batch import (
     places,
     problem,
     scale_of,
-    unstacked,
+    write_steps,
 )
 from lorapro_jax._checks import check_between, check_one_of, check_scale
 from lorapro_jax._closed_form import ClosedForm
 from lorapro_jax._efficient import efficient_rule
 from lorapro_jax._factored import factored_rule
 from lorapro_jax._full import full_rule
-from lorapro_jax._layouts import Layout, check_leaves, find_pairs, flatten, write
+from lorapro_jax._layouts import Layout, check_leaves, find_pairs, flatten
 from lorapro_jax._pairwise import Rule, Taken, pairwise
 
 # Modes, and how much each damps the closed form. Without damping da is like 1 / b in the first
@@ -107,8 +107,7 @@ def lorapro(
         for group in found.values():
             p = problem(group, values, leaves, scale_of(group, scale))
             _, taken = first_steps(p, group, form)
-            for pair, (da, db) in zip(group.pairs, unstacked(taken, group, at), strict=True):
-                write(pair, da, db, new)
+            write_steps(taken, group, at, new)
         return jax.tree.unflatten(treedef, new), state
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -56,8 +56,8 @@ def step(
         fit, eye = _fit(first, t, ridge.astype(P.dtype)), jnp.eye(len(P), dtype=P.dtype)
         # (b b'ᵀ)(b' b'ᵀ)⁻¹ on the right of da, (a'ᵀa')⁻¹ a'ᵀa on the left of db, and -t in both: a
         # product is an array of its own, and no pair's slice of it computes anything
-        da = dot(da, -t * jnp.where(b_first, fit, eye))
-        return da, dot(-t * jnp.where(b_first, eye, fit.T), db)
+        on_da, on_db = jnp.where(b_first, fit, eye), jnp.where(b_first, eye, fit.T)
+        return dot(da, -t * on_da), dot(-t * on_db, db)
     return -t * da, -t * db
 
 
