@@ -95,7 +95,7 @@ def spectrum(P: Float[Array, "r r"], Q: Float[Array, "r r"], damping: Float[Arra
     eigenvalues, vectors = eigh(jnp.stack([P, Q]))
     p, q = jnp.maximum(eigenvalues, 0)  # a Gram has no negative eigenvalue; rounding does
     info = jnp.finfo(P.dtype)
-    mean = jnp.maximum(jnp.trace(P), jnp.trace(Q)) / P.shape[0]
+    mean = jnp.maximum(jnp.sum(p), jnp.sum(q)) / P.shape[0]
     # `tiny` only counts where both factors are zero: 0 / tiny = 0, the right update.
     absolute = jnp.maximum(damping, info.eps) * mean + info.tiny
     return Spectrum(p, vectors[0], q, vectors[1], absolute.astype(P.dtype))
@@ -140,18 +140,16 @@ def coefficients(
     spec: Spectrum, M: Float[Array, "r r"], s: Float[Array, ""], x: str = "sylvester"
 ) -> Coefficients:
     """The (r, r) matrices that turn (h_a, h_b) into (da, db); `x` as in `shares`."""
-    p, q = (spec.p + spec.damping)[:, None], (spec.q + spec.damping)[None, :]
+    s2, tiny = (s * s).astype(M.dtype), jnp.finfo(M.dtype).tiny
+    # `tiny` only counts where both factors are zero, as in `spectrum`: 0 / tiny = 0
+    p = jnp.maximum((spec.p + spec.damping) * s2, tiny)[:, None]
+    q = jnp.maximum((spec.q + spec.damping) * s2, tiny)[None, :]
     Y_a, Y_b = _rotated(spec, M, x)
-    s2 = (s * s).astype(M.dtype)
-
-    def back(left: Array, middle: Array, right: Array) -> Array:
-        return dot(dot(left, middle), right.T) / s2
-
     return Coefficients(
-        dot(spec.V / q, spec.V.T) / s2,
-        -back(spec.U, Y_a / q, spec.V),
-        dot(spec.U / p.T, spec.U.T) / s2,
-        -back(spec.U, Y_b / p, spec.V),
+        dot(spec.V / q, spec.V.T),
+        dot(dot(spec.U, -Y_a / q), spec.V.T),
+        dot(spec.U / p.T, spec.U.T),
+        dot(dot(spec.U, -Y_b / p), spec.V.T),
     )
 
 

@@ -83,9 +83,12 @@ def test_zero_b_needs_no_special_case(x64, rng):
     np.testing.assert_allclose(db, np.linalg.solve(ridge, a.T @ G) / S, rtol=TOLERANCE)
 
 
-def test_both_factors_zero_give_a_zero_update(rng):
-    zeros = solve(np.zeros((6, 2)), np.zeros((2, 5)), rng.normal(size=(6, 5)), damping=1e-6)
-    for update in zeros:
+@pytest.mark.parametrize("s", [1e-6, 0.25, 2.0, 1e6])
+def test_both_factors_zero_give_a_zero_update(s):
+    a, b, s, damping = (
+        jnp.asarray(x, "float32") for x in (np.zeros((6, 2)), np.zeros((2, 5)), s, 0)
+    )
+    for update in jax.jit(_solve.solve)(a, b, a, b, s, damping):  # gradients are zeros, too
         np.testing.assert_array_equal(update, 0)
 
 

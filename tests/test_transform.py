@@ -356,6 +356,16 @@ def test_a_tiny_decay_survives_float32():
     trees.assert_close(updates, jax.tree.map(lambda p: -0.5e-8 * p, params), rtol=1e-5)
 
 
+@pytest.mark.parametrize("mode", ["full", "factored", "efficient"])
+def test_a_pair_of_zeros_stays_there(mode):
+    """Its gradients are zero, whatever the loss; a small scale must not make them NaN."""
+    zeros = jax.tree.map(jnp.zeros_like, trees.make(dtype=jnp.float32)[0])
+    tx = lp.lorapro_adamw(1e-3, 0.25, mode=mode)
+    updates, state = jax.jit(tx.update)(zeros, tx.init(zeros), zeros)
+    jax.tree.map(lambda x: np.testing.assert_array_equal(x, 0), updates)
+    assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(state))
+
+
 # --- state -----------------------------------------------------------------------------------
 
 
