@@ -6,7 +6,6 @@ need not be: stacking a column-parallel and a row-parallel factor would move one
 devices.
 """
 
-import functools
 import operator
 import re
 from collections.abc import Callable, Sequence
@@ -14,7 +13,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array
 
 from lorapro_jax import _cpu, _solve
@@ -181,27 +179,30 @@ def factor_zeros(group: Group, leaves: Sequence[Any], dtype: Any = None) -> tupl
     return zero_a, zero_b
 
 
-def places(by_name: dict[str, Group], leaves: Sequence[Array]) -> Sequence[Array] | None:
-    """`_cpu.places` of a group's pairs in its arrays, for all groups of flattened gradients."""
-    if not by_name:
-        return None
-    longest = max((group.pairs for group in by_name.values()), key=len)
-    return _cpu.places(len(longest), leaves[longest[0].a])
+def places(
+    by_name: dict[str, Group], leaves: Sequence[Array], *, figures: bool = False
+) -> _cpu.Places | None:
+    """`_cpu.places` in all groups' steps, by flattened gradients, or in figures of their pairs."""
+    longest: dict[int, int] = {}
+    for group in by_name.values():
+        for rows in (1,) if figures else (group.m[0], group.pairs[0].rank):
+            longest[rows] = max(longest.get(rows, 0), len(group.pairs))
+    return _cpu.places(longest, leaves[0]) if by_name else None
 
 
-def unstacked(tree: Any, group: Group, at: Sequence[Array] | None) -> list[Any]:
-    """One tree for each pair of the group; `at` are its `places`."""
+def unstacked(tree: Any, group: Group, at: _cpu.Places | None) -> list[Any]:
+    """One tree for each pair of the group; `at` are the `places` of such trees."""
     if not group.stacked:
         return [tree]
     if at is None:
         return [jax.tree.map(operator.itemgetter(i), tree) for i in range(len(group.pairs))]
-    pick = functools.partial(lax.dynamic_index_in_dim, keepdims=False)
-    known = at[: len(group.pairs)]
-    return [jax.tree.map(functools.partial(pick, index=place), tree) for place in known]
+    leaves, treedef = jax.tree.flatten(tree)
+    parts = zip(*(_cpu.unstack(x, at) for x in leaves), strict=True)
+    return [jax.tree.unflatten(treedef, part) for part in parts]
 
 
 def write_steps(
-    step: tuple[Array, Array], group: Group, at: Sequence[Array] | None, leaves: list[Any]
+    step: tuple[Array, Array], group: Group, at: _cpu.Places | None, leaves: list[Any]
 ) -> None:
     """Puts the (da, db) of a group in the place of its pairs' leaves, in their axes and dtype."""
     for pair, (da, db) in zip(group.pairs, unstacked(step, group, at), strict=True):

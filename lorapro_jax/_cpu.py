@@ -5,7 +5,7 @@ are missed, or not needed: no more.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,8 @@ from jax.core import Tracer
 from jaxtyping import Array
 
 from lorapro_jax._sharding import possible_shards
+
+Places = dict[int, list[Array]]
 
 
 def for_one_cpu(x: Any) -> bool:
@@ -31,17 +33,19 @@ def once_there(x: Array) -> Array | None:
     return (first >= 0) | (first < 0) | jnp.isnan(first)
 
 
-def after(before: Array | None, make: Callable[[], Any]) -> Any:
-    """`make()`, but not before there is the array that `before` is `once_there` of, if any.
+def after(before: Array | None, *leaves: list[Array]) -> Sequence[list[Array]]:
+    """The leaves of a group, of which the first pair is not there before the `once_there` is.
 
-    XLA takes all groups of pairs of an update at once. The arrays between the factors and the step
-    of some groups nearly fit a cache; those of all do not, and are so many that the C library has
-    them mapped anew, page by page, in every step. A branch is the one wait that XLA keeps.
+    What stacks the group's pairs waits for the first. XLA takes all groups of an update at once.
+    The arrays between the factors and the step of some groups nearly fit a cache; those of all do
+    not, and are so many that the C library has them mapped anew, page by page, in every step. A
+    branch is the one wait that XLA keeps; with all pairs in it, it takes longer to compile.
     """
     if before is None:
-        return make()
-    nothing = functools.partial(jax.tree.map, jnp.zeros_like, jax.eval_shape(make))
-    return lax.cond(before, make, nothing)
+        return leaves
+    first = [these[:2] for these in leaves]
+    first = lax.cond(before, lambda: first, lambda: jax.tree.map(jnp.zeros_like, first))
+    return [[*pair, *these[2:]] for pair, these in zip(first, leaves, strict=True)]
 
 
 def stack(arrays: Sequence[Array]) -> Array:
@@ -49,9 +53,10 @@ def stack(arrays: Sequence[Array]) -> Array:
     return jnp.reshape(jnp.concatenate(arrays), (len(arrays), *arrays[0].shape))
 
 
-def places(count: int, x: Array) -> Sequence[Array] | None:
-    """0, 1 and so on, of which XLA does not know which is which; `x` is any array of floats.
+def places(longest: dict[int, int], x: Array) -> Places | None:
+    """Where arrays of so many rows begin that lie one after another, of which XLA does not know.
 
+    `longest` is how many arrays there are by the number of their rows; `x` is any array of floats.
     A slice at a place that XLA knows is a kernel of its own for every place, and those were half of
     what an update of many pairs takes to compile. Slices at unknown places are one kernel. None if
     the program is not for one CPU.
@@ -59,5 +64,19 @@ def places(count: int, x: Array) -> Sequence[Array] | None:
     there = once_there(x)
     if there is None:
         return None
-    numbers = [jnp.uint32(i) for i in range(count)]
-    return lax.cond(there, lambda: numbers, lambda: [jnp.zeros_like(i) for i in numbers])
+    starts = {rows: [jnp.uint32(i * rows) for i in range(count)] for rows, count in longest.items()}
+    return lax.cond(there, lambda: starts, lambda: jax.tree.map(jnp.zeros_like, starts))
+
+
+def unstack(x: Array, at: Places) -> list[Array]:
+    """The parts of a stacked array, by `places`.
+
+    As rows of a matrix: a slice of one index along a leading axis, and without that axis, takes a
+    quarter longer to compile.
+    """
+    count, *own = x.shape
+    rows, *rest = own or (1,)
+    flat, zeros = jnp.reshape(x, (count * rows, *rest)), [jnp.uint32(0) for _ in rest]
+    part = functools.partial(lax.dynamic_slice, flat, slice_sizes=(rows, *rest))
+    parts = [part([start, *zeros]) for start in at[rows][:count]]
+    return parts if own else [jnp.reshape(one, ()) for one in parts]

@@ -92,7 +92,7 @@ def diagnose(
     values = aligned(paths, leaves, params)
     new = None if updates is None else aligned(paths, leaves, updates)
     found, alike = {}, groups(pairs, values)
-    at = places(alike, leaves)
+    at = places(alike, leaves, figures=True)
     for group in alike.values():
         p = problem(group, values, leaves, scale_of(group, scale))
         _, target = first_steps(p, group, ClosedForm("sylvester", 0.0, "gram"))

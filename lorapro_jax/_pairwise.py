@@ -31,7 +31,7 @@ from lorapro_jax._batch import (
     scale_of,
     write_steps,
 )
-from lorapro_jax._cpu import after, for_one_cpu, once_there
+from lorapro_jax._cpu import Places, after, for_one_cpu, once_there
 from lorapro_jax._layouts import Pair, check_leaves, factor_indices, flatten
 
 # Pairs that a CPU has under way, where it takes groups in turn. Cores share groups rather than the
@@ -193,13 +193,14 @@ def _alike(
     alike: tuple[Group, ...],
     given: list[_Given],
     count: Array,
-    at: Sequence[Array] | None,
+    at: Places | None,
     before: Array | None,
 ) -> tuple[list[tuple[list[Array], tuple[Any, ...]]], Array | None]:
     """The steps of groups of one shape, by leaves, and their new fields; and once it is there."""
     problems = [
-        after(before, functools.partial(problem, group, its.values, its.gradients, its.s))
+        problem(group, values, gradients, its.s)
         for group, its in zip(alike, given, strict=True)
+        for values, gradients in [after(before, its.values, its.gradients)]
     ]
     made = rule.update(problems, alike[0], [its.fields for its in given], count)
     results = []
