@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array
@@ -64,8 +65,8 @@ def places(longest: dict[int, int], x: Array) -> Places | None:
     there = once_there(x)
     if there is None:
         return None
-    starts = {rows: [jnp.uint32(i * rows) for i in range(count)] for rows, count in longest.items()}
-    return lax.cond(there, lambda: starts, lambda: jax.tree.map(jnp.zeros_like, starts))
+    starts = {rows: [np.uint32(i * rows) for i in range(count)] for rows, count in longest.items()}
+    return lax.cond(there, lambda: starts, lambda: jax.tree.map(np.zeros_like, starts))
 
 
 def unstack(x: Array, at: Places) -> list[Array]:
@@ -76,7 +77,7 @@ def unstack(x: Array, at: Places) -> list[Array]:
     """
     count, *own = x.shape
     rows, *rest = own or (1,)
-    flat, zeros = jnp.reshape(x, (count * rows, *rest)), [jnp.uint32(0) for _ in rest]
+    flat, zeros = jnp.reshape(x, (count * rows, *rest)), [np.uint32(0) for _ in rest]
     part = functools.partial(lax.dynamic_slice, flat, slice_sizes=(rows, *rest))
     parts = [part([start, *zeros]) for start in at[rows][:count]]
     return parts if own else [jnp.reshape(one, ()) for one in parts]
