@@ -48,7 +48,7 @@ class ClosedForm(NamedTuple):
         if isinstance(known, Frames):
             return _orthogonal.step(known, h_a, h_b, s, self.x)
         M = _solve.shared_core(b, h_b) if core is None else core
-        return _solve.combine(a, b, h_a, h_b, _solve.coefficients(known, M, s, self.x))
+        return _solve.combine(a, b, h_a, h_b, s, _solve.coefficients(known, M, self.x))
 
     def tangent(
         self,

@@ -41,7 +41,7 @@ class Spectrum(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """The small matrices of the update: da = h_a H_a + a C_a, db = H_b h_b + C_b b."""
+    """The small matrices of the update: s² da = h_a H_a + a C_a, s² db = H_b h_b + C_b b."""
 
     H_a: Float[Array, "*batch r r"]
     C_a: Float[Array, "*batch r r"]
@@ -136,14 +136,9 @@ def _rotated(spec: Spectrum, M: Array, x: str) -> tuple[Array, Array]:
     return core * F_a, core * F_b
 
 
-def coefficients(
-    spec: Spectrum, M: Float[Array, "r r"], s: Float[Array, ""], x: str = "sylvester"
-) -> Coefficients:
+def coefficients(spec: Spectrum, M: Float[Array, "r r"], x: str = "sylvester") -> Coefficients:
     """The (r, r) matrices that turn (h_a, h_b) into (da, db); `x` as in `shares`."""
-    s2, tiny = (s * s).astype(M.dtype), jnp.finfo(M.dtype).tiny
-    # `tiny` only counts where both factors are zero, as in `spectrum`: 0 / tiny = 0
-    p = jnp.maximum((spec.p + spec.damping) * s2, tiny)[:, None]
-    q = jnp.maximum((spec.q + spec.damping) * s2, tiny)[None, :]
+    p, q = (spec.p + spec.damping)[:, None], (spec.q + spec.damping)[None, :]
     Y_a, Y_b = _rotated(spec, M, x)
     return Coefficients(
         dot(spec.V / q, spec.V.T),
@@ -158,10 +153,15 @@ def combine(
     b: Float[Array, "r *n"],
     h_a: Float[Array, "*m r"],
     h_b: Float[Array, "r *n"],
+    s: Float[Array, ""],
     c: Coefficients,
 ) -> tuple[Float[Array, "*m r"], Float[Array, "r *n"]]:
-    """(da, db) = (h_a H_a + a C_a, H_b h_b + C_b b)."""
-    return dot(h_a, c.H_a) + dot(a, c.C_a), dot(c.H_b, h_b) + dot(c.C_b, b)
+    """(da, db) = (h_a H_a + a C_a, H_b h_b + C_b b) / s².
+
+    XLA takes the division into the sum. It compiles a sum alone anew for every group of pairs.
+    """
+    over = (1 / (s * s)).astype(a.dtype)
+    return (dot(h_a, c.H_a) + dot(a, c.C_a)) * over, (dot(c.H_b, h_b) + dot(c.C_b, b)) * over
 
 
 def weights(
@@ -191,7 +191,7 @@ def solve(
 ) -> tuple[Float[Array, "*m r"], Float[Array, "r *n"]]:
     """(da, db) for one pair, from the projections h_a = s G bᵀ and h_b = s aᵀ G."""
     spec = spectrum(*grams(a, b), damping)
-    return combine(a, b, h_a, h_b, coefficients(spec, shared_core(b, h_b), s, x))
+    return combine(a, b, h_a, h_b, s, coefficients(spec, shared_core(b, h_b), x))
 
 
 def tangent(

@@ -88,21 +88,21 @@ def seen(
 
     `scales` are the diagonals of D_l and D_r. (a, b) need not be where T is tangent.
     """
-    r, s2 = len(b), (s * s).astype(b.dtype)
+    r, s = len(b), s.astype(b.dtype)
     if scales is not None:
         a, b = a * scales[0][..., None], b * scales[1][None]
     of_a, of_b = gram_left(a, T.a), gram_right(T.b, b)
     if T.S is not None:
         of_a, of_b = dot(of_a, T.S[0]), dot(T.S[1], of_b)
-    left = jnp.concatenate([gram_left(a, T.x), of_a], axis=1)
-    right = jnp.concatenate([of_b, gram_right(T.y, b)], axis=0)
-    L, R = left * s2, right * s2
-    if T.W is not None:
-        L, R = dot(L, T.W), dot(T.W, R)
+    # s on both sides and once more at the end: XLA compiles what only joins or adds for every group
+    left = s * jnp.concatenate([gram_left(a, T.x), of_a], axis=1)
+    right = s * jnp.concatenate([of_b, gram_right(T.y, b)], axis=0)
+    L, R = (left, right) if T.W is None else (dot(left, T.W), dot(T.W, right))
     core, L_b, R_a = dot(left, R), L[:, :r], R[r:]
     if T.S is not None:
         L_b, R_a = dot(L_b, T.S[1]), dot(T.S[0], R_a)
     h_a, h_b = dot(T.x, R[:r]) + dot(T.a, R_a), dot(L_b, T.b) + dot(L[:, r:], T.y)
+    h_a, h_b = s * h_a, s * h_b
     if scales is not None:
         h_a, h_b = h_a * scales[0][..., None], h_b * scales[1][None]
     return Seen(h_a, h_b, core)
