@@ -183,11 +183,19 @@ def places(
     by_name: dict[str, Group], leaves: Sequence[Array], *, figures: bool = False
 ) -> _cpu.Places | None:
     """`_cpu.places` in all groups' steps, by flattened gradients, or in figures of their pairs."""
+    factor = a_factor(by_name, leaves)
+    if factor is None:
+        return None
     longest: dict[int, int] = {}
     for group in by_name.values():
         for rows in (1,) if figures else (group.m[0], group.pairs[0].rank):
             longest[rows] = max(longest.get(rows, 0), len(group.pairs))
-    return _cpu.places(longest, leaves[0]) if by_name else None
+    return _cpu.places(longest, factor)
+
+
+def a_factor(by_name: dict[str, Group], leaves: Sequence[Array]) -> Array | None:
+    """One factor's leaf: of floats, and not empty, as any other leaf may be. None if no pairs."""
+    return next((leaves[group.pairs[0].a] for group in by_name.values()), None)
 
 
 def unstacked(tree: Any, group: Group, at: _cpu.Places | None) -> list[Any]:

@@ -22,6 +22,7 @@ from lorapro_jax._batch import (
     Group,
     Problem,
     Scale,
+    a_factor,
     aligned,
     groups,
     over_batch,
@@ -151,13 +152,13 @@ def _of_all(
     if any(isinstance(x, Tracer) for x in gradients):
         # Traced once for all groups of one shape. Eagerly it would be compiled at every call.
         some = jax.jit(some, static_argnums=0)
-    at = places(found, gradients)
+    at, factor = places(found, gradients), a_factor(found, gradients)
     waits = rule.in_turn and sum(map(_pairs, found.values())) > _PAIRS_AT_ONCE
     # The first group waits for nothing, but as all others: one trace serves them.
-    before = once_there(gradients[0]) if waits else None
+    before = once_there(factor) if waits else None
     under_way: deque[tuple[int, Array | None]] = deque()
     steps, made = {}, {}
-    for names in _alike_names(found, rule.together if for_one_cpu(gradients[0]) else 1):
+    for names in _alike_names(found, rule.together if for_one_cpu(factor) else 1):
         pairs = sum(_pairs(found[name]) for name in names)
         while under_way and pairs + sum(n for n, _ in under_way) > _PAIRS_AT_ONCE:
             _, before = under_way.popleft()

@@ -366,6 +366,17 @@ def test_a_pair_of_zeros_stays_there(mode):
     assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(state))
 
 
+@pytest.mark.parametrize("mode", ["lorapro", "full", "factored", "efficient"])
+def test_an_empty_leaf_may_come_first(mode):
+    """On a CPU, where a group of many pairs waits for another: for a factor, not for any leaf."""
+    pair = {"lora_a": jnp.ones((6, 2)), "lora_b": jnp.zeros((2, 4))}
+    params = {"empty": jnp.zeros((0,))} | {f"layers_{i}": pair for i in range(100)}
+    tx = lp.lorapro(SCALE) if mode == "lorapro" else lp.lorapro_adamw(1e-3, SCALE, mode=mode)
+    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    assert updates["empty"].shape == (0,)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+
+
 # --- state -----------------------------------------------------------------------------------
 
 
