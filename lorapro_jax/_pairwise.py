@@ -155,7 +155,7 @@ def _of_all(
     at, factor = places(found, gradients), a_factor(found, gradients)
     waits = rule.in_turn and sum(map(_pairs, found.values())) > _PAIRS_AT_ONCE
     # The first group waits for nothing, but as all others: one trace serves them.
-    before = once_there(factor) if waits else None
+    before = once_there(factor) if waits and factor is not None else None
     under_way: deque[tuple[int, Array | None]] = deque()
     steps, made = {}, {}
     for names in _alike_names(found, rule.together if for_one_cpu(factor) else 1):
