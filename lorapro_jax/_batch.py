@@ -183,14 +183,11 @@ def places(
     by_name: dict[str, Group], leaves: Sequence[Array], *, figures: bool = False
 ) -> _cpu.Places | None:
     """`_cpu.places` in all groups' steps, by flattened gradients, or in figures of their pairs."""
-    factor = a_factor(by_name, leaves)
-    if factor is None:
-        return None
     longest: dict[int, int] = {}
     for group in by_name.values():
         for rows in (1,) if figures else (group.m[0], group.pairs[0].rank):
             longest[rows] = max(longest.get(rows, 0), len(group.pairs))
-    return _cpu.places(longest, factor)
+    return _cpu.places(longest, a_factor(by_name, leaves))
 
 
 def a_factor(by_name: dict[str, Group], leaves: Sequence[Array]) -> Array | None:

@@ -26,8 +26,8 @@ def for_one_cpu(x: Any) -> bool:
     return cpu and isinstance(x, Tracer) and possible_shards(x) == 1
 
 
-def once_there(x: Array) -> Array | None:
-    """True, once there is `x`, an array of floats; None if the program is not for one CPU."""
+def once_there(x: Any) -> Array | None:
+    """True, once there is `x`, an array of floats; None if it is not of a program for one CPU."""
     if not for_one_cpu(x):
         return None
     first = x[(0,) * x.ndim]
@@ -54,7 +54,7 @@ def stack(arrays: Sequence[Array]) -> Array:
     return jnp.reshape(jnp.concatenate(arrays), (len(arrays), *arrays[0].shape))
 
 
-def places(longest: dict[int, int], x: Array) -> Places | None:
+def places(longest: dict[int, int], x: Any) -> Places | None:
     """Where arrays of so many rows begin that lie one after another, of which XLA does not know.
 
     `longest` is how many arrays there are by the number of their rows; `x` is any array of floats.

@@ -155,7 +155,7 @@ def _of_all(
     at, factor = places(found, gradients), a_factor(found, gradients)
     waits = rule.in_turn and sum(map(_pairs, found.values())) > _PAIRS_AT_ONCE
     # The first group waits for nothing, but as all others: one trace serves them.
-    before = once_there(factor) if waits and factor is not None else None
+    before = once_there(factor) if waits else None
     under_way: deque[tuple[int, Array | None]] = deque()
     steps, made = {}, {}
     for names in _alike_names(found, rule.together if for_one_cpu(factor) else 1):
@@ -199,9 +199,8 @@ def _alike(
 ) -> tuple[list[tuple[list[Array], tuple[Any, ...]]], Array | None]:
     """The steps of groups of one shape, by leaves, and their new fields; and once it is there."""
     problems = [
-        problem(group, values, gradients, its.s)
+        problem(group, *after(before, its.values, its.gradients), s=its.s)
         for group, its in zip(alike, given, strict=True)
-        for values, gradients in [after(before, its.values, its.gradients)]
     ]
     made = rule.update(problems, alike[0], [its.fields for its in given], count)
     results = []

@@ -84,9 +84,10 @@ def test_zero_b_needs_no_special_case(x64, rng):
 
 
 @pytest.mark.parametrize("s", [1e-6, 0.25, 2.0, 1e6])
-def test_both_factors_zero_give_a_zero_update(s):
+@pytest.mark.parametrize("dtype", ["float32", None])
+def test_both_factors_zero_give_a_zero_update(s, dtype):
     a, b, s, damping = (
-        jnp.asarray(x, "float32") for x in (np.zeros((6, 2)), np.zeros((2, 5)), s, 0)
+        jnp.asarray(x, dtype) for x in (np.zeros((6, 2)), np.zeros((2, 5)), s, 1e-6)
     )
     for update in jax.jit(_solve.solve)(a, b, a, b, s, damping):  # gradients are zeros, too
         np.testing.assert_array_equal(update, 0)
