@@ -24,9 +24,12 @@ def _pieces(f: Callable, operations: int, x: Float[Array, "*k r r"]) -> tuple[Ar
     jaxlib (lapack_kernels.cc) splits from 200,000 operations on; `operations` r³ is a matrix's.
     """
     rank = x.shape[-1]
-    at_once = max(1, 100_000 // (operations * rank**3))
-    if x.size <= at_once * rank**2:
+    most = max(1, 100_000 // (operations * rank**3))
+    count = x.size // rank**2
+    if count <= most:
         return f(x)
+    even = max(size for size in range(1, most + 1) if count % size == 0)
+    at_once = even if 4 * even >= most else most  # a rest is a call of its own, to be compiled
     batch = spec_of(x)[:-2]
     flat = jnp.reshape(x, (-1, rank, rank), out_sharding=explicit(x, [None] * 3))
 
@@ -39,19 +42,32 @@ def _pieces(f: Callable, operations: int, x: Float[Array, "*k r r"]) -> tuple[Ar
 
 
 def _one_batch(f: Callable, on_cpu: Callable, operations: int, results: int) -> Callable:
-    """`f` of a batch under any number of vmaps: a batch of batches is one batch."""
+    """`f` of each of several batches under any number of vmaps: a batch of batches is one batch."""
 
     @custom_vmap
-    def call(x):
-        cpu = functools.partial(_pieces, on_cpu, operations)
-        return lax.platform_dependent(x, cpu=cpu, default=f)
+    def call(*xs):
+        def each(*xs):
+            return tuple(_pieces(on_cpu, operations, x) for x in xs)
+
+        return lax.platform_dependent(*xs, cpu=each, default=functools.partial(_stacked, f))
 
     @call.def_vmap
-    def _(size: int, in_batched: list[bool], x: Array) -> tuple[Any, Any]:
-        del size, in_batched  # x is the only argument, and batched on its first axis
-        return call(x), (True,) * results
+    def _(size: int, in_batched: list[bool], *xs: Array) -> tuple[Any, Any]:
+        batched = [
+            x if its else jnp.broadcast_to(x, (size, *x.shape))
+            for x, its in zip(xs, in_batched, strict=True)
+        ]
+        return call(*batched), ((True,) * results,) * len(xs)
 
     return call
+
+
+def _stacked(f: Callable, *xs: Array) -> tuple[tuple[Array, ...], ...]:
+    """`f` of each, in one call: a GPU's solver takes as long for few matrices as for many."""
+    if len(xs) == 1:
+        return (f(*xs),)
+    parts = f(jnp.stack(xs))
+    return tuple(tuple(part[i] for part in parts) for i in range(len(xs)))
 
 
 def _syevd(x: Array) -> tuple[Array, Array]:
@@ -68,13 +84,18 @@ _eigh = _one_batch(_syevd, _syevd, 10, 2)
 _svd = _one_batch(lambda x: tuple(jnp.linalg.svd(x, full_matrices=False)), _gesvd, 50, 3)
 
 
-def eigh(x: Float[Array, "*k r r"]) -> tuple[Float[Array, "*k r"], Float[Array, "*k r r"]]:
-    """Eigenvalues, ascending, and eigenvectors in columns, of symmetric matrices."""
-    return _eigh(x)
+def eigh(
+    *xs: Float[Array, "*k r r"],
+) -> tuple[tuple[Float[Array, "*k r"], Float[Array, "*k r r"]], ...]:
+    """Eigenvalues, ascending, and eigenvectors in columns, of each batch of symmetric matrices.
+
+    On a CPU each batch is a call: XLA compiles one for all of them, and what uses them but once.
+    """
+    return _eigh(*xs)
 
 
 def svd(
     x: Float[Array, "*k r r"],
 ) -> tuple[Float[Array, "*k r r"], Float[Array, "*k r"], Float[Array, "*k r r"]]:
     """W, σ descending and Zᵀ of x = W diag(σ) Zᵀ, square."""
-    return _svd(x)
+    return _svd(x)[0]

@@ -73,7 +73,7 @@ def _orthonormal(a: Array, b: Array) -> tuple[Array, Array, Array]:
     info = jnp.finfo(a.dtype)
     small = jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), (2, *[a.shape[-1]] * 2))
     for _ in range(_ROTATIONS):
-        values, vectors = eigh(jnp.stack(grams(a, b)))
+        ((values, vectors),) = eigh(jnp.stack(grams(a, b)))
         # An eigenvalue is known to a few eps of the largest. `tiny` is for a factor of zeros.
         size = jnp.sqrt(jnp.maximum(values, 4 * info.eps * values[:, -1:]) + info.tiny)
         scaled = vectors / size[:, None, :]

@@ -90,22 +90,23 @@ def pairwise(
     """
     fields = rule.state._fields[1:-1]
 
-    def in_no_pair(tree):
-        paths, leaves, treedef = flatten(tree)
-        inside = factor_indices(find(paths, leaves))
-        return jax.tree.unflatten(treedef, [i not in inside for i in range(len(leaves))])
-
-    rest = optax.masked(adam, in_no_pair)
+    def rest_of(pairs, treedef):
+        inside = factor_indices(pairs)
+        in_no_pair = [i not in inside for i in range(treedef.num_leaves)]
+        return optax.masked(adam, jax.tree.unflatten(treedef, in_no_pair))
 
     def init(params):
-        paths, leaves, _ = flatten(params)
+        paths, leaves, treedef = flatten(params)
         check_leaves(paths, leaves)
         count = jnp.zeros((), jnp.int32)
         if not leaves:  # optax.tree.map_params' placeholder: here a leaf stands for any subtree
-            return rule.state(count, *(count for _ in fields), rest.init(params))
-        found = groups(find(paths, leaves), leaves).items()
+            rest = rest_of((), treedef).init(params)
+            return rule.state(count, *(count for _ in fields), rest)
+        pairs = find(paths, leaves)
+        found = groups(pairs, leaves).items()
         made = {name: rule.init(group, leaves) for name, group in found}
-        return rule.state(count, *by_field(made, len(fields)), rest.init(params))
+        rest = rest_of(pairs, treedef).init(params)
+        return rule.state(count, *by_field(made, len(fields)), rest)
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
@@ -114,15 +115,17 @@ def pairwise(
             return updates, state
         check_leaves(paths, leaves)
         values = aligned(paths, leaves, params)
-        others, rest_state = rest.update(updates, state.rest, jax.tree.unflatten(treedef, values))
+        pairs = find(paths, leaves)
+        params = jax.tree.unflatten(treedef, values)
+        others, rest = rest_of(pairs, treedef).update(updates, state.rest, params)
         new = jax.tree.leaves(others)
         count = jnp.asarray(optax.safe_increment(state.count))
-        found = groups(find(paths, leaves), values)
+        found = groups(pairs, values)
         old = {name: tuple(getattr(state, field)[name] for field in fields) for name in found}
         steps, made = _of_all(rule, taken, scale, found, values, leaves, old, count)
         for i, step in steps.items():
             new[i] = step
-        fresh = rule.state(count, *by_field(made, len(fields)), rest_state)
+        fresh = rule.state(count, *by_field(made, len(fields)), rest)
         return jax.tree.unflatten(treedef, new), fresh
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -92,13 +92,13 @@ def spectrum(P: Float[Array, "r r"], Q: Float[Array, "r r"], damping: Float[Arra
     working precision is raised to it: below that, the eigenvalues of a rank-deficient Gram are
     rounding errors, and dividing by them would return noise.
     """
-    eigenvalues, vectors = eigh(jnp.stack([P, Q]))
-    p, q = jnp.maximum(eigenvalues, 0)  # a Gram has no negative eigenvalue; rounding does
+    (p, U), (q, V) = eigh(P, Q)
+    p, q = jnp.maximum(p, 0), jnp.maximum(q, 0)  # a Gram has no negative eigenvalue; rounding does
     info = jnp.finfo(P.dtype)
     mean = jnp.maximum(jnp.sum(p), jnp.sum(q)) / P.shape[0]
     # `tiny` only counts where both factors are zero: 0 / tiny = 0, the right update.
     absolute = jnp.maximum(damping, info.eps) * mean + info.tiny
-    return Spectrum(p, vectors[0], q, vectors[1], absolute.astype(P.dtype))
+    return Spectrum(p, U, q, V, absolute.astype(P.dtype))
 
 
 def shares(

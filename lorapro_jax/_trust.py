@@ -80,6 +80,6 @@ def _fit(first: _Grams, t: Float[Array, ""], ridge: Float[Array, ""]) -> Float[A
     """(b b'ᵀ + λ)(b' b'ᵀ + λ)⁻¹ of b' = b - t db and the ridge λ."""
     old = first.factor - t * first.mixed
     new = old - t * (first.mixed.T - t * first.step)
-    values, vectors = eigh((new + new.T)[None] / 2)
-    inverse = dot(vectors[0] / (jnp.maximum(values[0], 0) + ridge)[None, :], vectors[0].T)
+    ((values, vectors),) = eigh((new + new.T) / 2)
+    inverse = dot(vectors / (jnp.maximum(values, 0) + ridge)[None, :], vectors.T)
     return dot(old + ridge * jnp.eye(len(old), dtype=old.dtype), inverse)

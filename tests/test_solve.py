@@ -294,7 +294,7 @@ def test_many_shapes_on_two_cores_do_not_wait_for_each_other(x64, rank):
 def test_a_batch_of_batches_has_the_eigenvectors_of_each(x64):
     x = np.random.default_rng(0).normal(size=(3, 5, 2, 16, 16))
     x = x @ np.swapaxes(x, -1, -2)
-    values, vectors = jax.jit(jax.vmap(jax.vmap(_solve.eigh)))(x)
+    ((values, vectors),) = jax.jit(jax.vmap(jax.vmap(_solve.eigh)))(x)
     np.testing.assert_allclose(values, np.linalg.eigvalsh(x), rtol=1e-10, atol=1e-10)
     rebuilt = (vectors * values[..., None, :]) @ np.swapaxes(vectors, -1, -2)
     np.testing.assert_allclose(rebuilt, x, rtol=1e-10, atol=1e-10)
