@@ -255,6 +255,18 @@ def test_eigenvectors_of_several_batches_are_those_of_each(x64, rng, count):
         np.testing.assert_allclose(again, np.broadcast_to(y, again.shape), atol=1e-12)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_several_batches_in_one_call_are_each_as_alone(x64, rng, count):
+    """As where the eigensolver is not LAPACK's: nothing here calls it so."""
+    several = [jnp.asarray(x + np.swapaxes(x, 1, 2)) for x in rng.normal(size=(count, 5, 4, 4))]
+    for y, (values, vectors) in zip(
+        several, _lapack._stacked(_lapack._syevd, *several), strict=True
+    ):
+        np.testing.assert_allclose(values, np.linalg.eigvalsh(y), atol=1e-12)
+        again = (vectors * values[:, None, :]) @ np.swapaxes(vectors, 1, 2)
+        np.testing.assert_allclose(again, y, atol=1e-12)
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cannot choose the cores here")
 @pytest.mark.parametrize("rank", [16, 64])
 def test_many_shapes_on_two_cores_do_not_wait_for_each_other(rank):
