@@ -64,8 +64,6 @@ def _one_batch(f: Callable, on_cpu: Callable, operations: int, results: int) -> 
 
 def _stacked(f: Callable, *xs: Array) -> tuple[tuple[Array, ...], ...]:
     """`f` of each, in one call: a GPU's solver takes as long for few matrices as for many."""
-    if len(xs) == 1:
-        return (f(*xs),)
     parts = f(jnp.stack(xs))
     return tuple(tuple(part[i] for part in parts) for i in range(len(xs)))
 
@@ -89,7 +87,7 @@ def eigh(
 ) -> tuple[tuple[Float[Array, "*k r"], Float[Array, "*k r r"]], ...]:
     """Eigenvalues, ascending, and eigenvectors in columns, of each batch of symmetric matrices.
 
-    On a CPU each batch is a call: XLA compiles one for all of them, and what uses them but once.
+    On a CPU each batch is a call of its own: what takes their results is compiled once for all.
     """
     return _eigh(*xs)
 

@@ -99,13 +99,12 @@ def pairwise(
         paths, leaves, treedef = flatten(params)
         check_leaves(paths, leaves)
         count = jnp.zeros((), jnp.int32)
-        if not leaves:  # optax.tree.map_params' placeholder: here a leaf stands for any subtree
-            rest = rest_of((), treedef).init(params)
-            return rule.state(count, *(count for _ in fields), rest)
         pairs = find(paths, leaves)
+        rest = rest_of(pairs, treedef).init(params)
+        if not leaves:  # optax.tree.map_params' placeholder: here a leaf stands for any subtree
+            return rule.state(count, *(count for _ in fields), rest)
         found = groups(pairs, leaves).items()
         made = {name: rule.init(group, leaves) for name, group in found}
-        rest = rest_of(pairs, treedef).init(params)
         return rule.state(count, *by_field(made, len(fields)), rest)
 
     def update(updates, state, params=None, **extra_args):

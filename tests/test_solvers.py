@@ -242,6 +242,12 @@ def test_a_batch_of_batches_has_the_singular_vectors_of_each(x64, rng):
         np.testing.assert_allclose((W * values[..., None, :]) @ Zt, y, atol=1e-10)
 
 
+def assert_decomposed(x, values, vectors):
+    np.testing.assert_allclose(values, np.linalg.eigvalsh(x), atol=1e-12)
+    again = (vectors * values[:, None, :]) @ np.swapaxes(vectors, 1, 2)
+    np.testing.assert_allclose(again, x, atol=1e-12)
+
+
 @pytest.mark.parametrize("count", [1, 19, 24, 125, 127, 250])  # 19 of rank 8 are one call
 def test_eigenvectors_of_several_batches_are_those_of_each(x64, rng, count):
     one = rng.normal(size=(8, 8))
@@ -249,10 +255,7 @@ def test_eigenvectors_of_several_batches_are_those_of_each(x64, rng, count):
     shared, batched = one + one.T, several + np.swapaxes(several, 1, 2)
     both = jax.jit(jax.vmap(lambda x, y: _lapack.eigh(x, y), (None, 0)))(shared, batched)
     for y, (values, vectors) in zip((shared, batched), both, strict=True):
-        expected = np.broadcast_to(np.linalg.eigvalsh(y), (count, 8))
-        np.testing.assert_allclose(values, expected, atol=1e-12)
-        again = (vectors * values[:, None, :]) @ np.swapaxes(vectors, 1, 2)
-        np.testing.assert_allclose(again, np.broadcast_to(y, again.shape), atol=1e-12)
+        assert_decomposed(np.broadcast_to(y, (count, 8, 8)), values, vectors)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -262,9 +265,7 @@ def test_several_batches_in_one_call_are_each_as_alone(x64, rng, count):
     for y, (values, vectors) in zip(
         several, _lapack._stacked(_lapack._syevd, *several), strict=True
     ):
-        np.testing.assert_allclose(values, np.linalg.eigvalsh(y), atol=1e-12)
-        again = (vectors * values[:, None, :]) @ np.swapaxes(vectors, 1, 2)
-        np.testing.assert_allclose(again, y, atol=1e-12)
+        assert_decomposed(y, values, vectors)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cannot choose the cores here")
