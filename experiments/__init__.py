@@ -1,1 +1,1 @@
-"""The experiments: fine-tuning runs, benchmarks and their results."""
+"""The experiments: fine-tuning runs, training steps compiled for pods, and their results."""

@@ -32,7 +32,7 @@ RATES = {
     "lora": 2e-3,
     "lorapro-full": 2e-4,
     "lorapro-factored": 2e-4,
-    "lorapro-efficient": 2e-3,
+    "lorapro-adamw": 2e-3,
 }
 
 
@@ -106,7 +106,7 @@ class Training:
     clip_norm: float = 1.0
     """Bound on the global norm of the raw gradients; 0: none."""
     weight_decay: float = 0.0
-    """Decoupled decay; for the lorapro methods, of the adapters' product."""
+    """Decoupled decay; for lorapro-full and lorapro-factored, of the adapters' product."""
     b1: float = 0.9
     """Adam's decay of the first moment."""
     b2: float = 0.999
@@ -154,9 +154,9 @@ class Grid(Training):
         "lora",
         "lorapro-full",
         "lorapro-factored",
-        "lorapro-efficient",
+        "lorapro-adamw",
     )
-    """Any of full, lora, lorapro-full, lorapro-factored, lorapro-efficient."""
+    """Any of full, lora, lorapro-full, lorapro-factored, lorapro-adamw."""
     learning_rates: Annotated[tuple[float, ...] | None, _list_of(float, "RATE,RATE,...")] = None
     """Peak learning rates; every method is run with each. None: each method's own."""
     seeds: Annotated[tuple[int, ...], _list_of(int, "N,N,...")] = (0,)

@@ -47,12 +47,17 @@ def _lorapro(run: RunConfig, rate: optax.Schedule, mode: str) -> optax.GradientT
     )
 
 
+def _projected_adamw(run: RunConfig, rate: optax.Schedule) -> optax.GradientTransformation:
+    """The paper's efficient form: AdamW, which is given the projected gradients."""
+    return optax.chain(lp.lorapro(run.scale), _adamw(run, rate))
+
+
 METHODS: dict[str, Method] = {
     "full": Method(False, _adamw),
     "lora": Method(True, _adamw),
     "lorapro-full": Method(True, functools.partial(_lorapro, mode="full")),
     "lorapro-factored": Method(True, functools.partial(_lorapro, mode="factored")),
-    "lorapro-efficient": Method(True, functools.partial(_lorapro, mode="efficient")),
+    "lorapro-adamw": Method(True, _projected_adamw),
 }
 
 

@@ -29,14 +29,14 @@ FIGURES: dict[str, tuple[str | None, ...]] = {
     "LoRA-GA": ("85.70±.09", "94.11±.18", "80.57±.20", "93.18±.06", "85.29±.24", "87.77"),
     "LoRA-Pro (full mode)": ("86.92", "94.46", None, None, "87.50", "88.80"),
     "LoRA-Pro, factored mode": (None,) * 6,
-    "LoRA-Pro, efficient mode": (None,) * 6,
+    "LoRA-Pro, projection and AdamW": (None,) * 6,
 }
 OURS = {
     "full fine-tuning": "full",
     "LoRA": "lora",
     "LoRA-Pro (full mode)": "lorapro-full",
     "LoRA-Pro, factored mode": "lorapro-factored",
-    "LoRA-Pro, efficient mode": "lorapro-efficient",
+    "LoRA-Pro, projection and AdamW": "lorapro-adamw",
 }
 
 

@@ -36,7 +36,7 @@ STYLES = {
     "lora": Style("#E69F00", "--", "//", "s"),
     "lorapro-full": Style("#0072B2", "-", "..", "^"),
     "lorapro-factored": Style("#D55E00", (0, (5, 1.5, 1, 1.5, 1, 1.5)), "oo", "D"),
-    "lorapro-efficient": Style("#009E73", "-.", "xx", "v"),
+    "lorapro-adamw": Style("#009E73", "-.", "xx", "v"),
 }
 _LABELLED = 6  # bars of a panel up to which their values fit above them
 _OTHER = Style("#CC79A7", ":", "++", "P")

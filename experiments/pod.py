@@ -15,15 +15,13 @@ FLOPs and bytes come from the compiled program with every loop counted as often 
 (`experiments.hlo_cost`); XLA's own figures, kept in the JSON lines, count a loop's body once.
 """
 
-import contextlib
 import dataclasses
+import json
 import pathlib
 import re
 import sys
 import time
-from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import jax
 import rich.console
@@ -32,8 +30,8 @@ import tyro
 from jax.sharding import Mesh
 
 from experiments import hlo_cost, pod_slice, pod_step, pod_work
-from experiments.bench import timing
 from experiments.config import one_of
+from experiments.provenance import provenance
 
 BASELINE = "sgd"
 SHARES = ("flops", "memory_traffic_bytes", "sent_bytes", "temporary_bytes")
@@ -47,8 +45,9 @@ class Settings:
     """Generation and shape of the slice: v5e:4x4, v5e:16x16, v6e:8x8, v5p:4x4x4, v4:2x2x4."""
     model: str = "llama3-8b"
     """llama3-8b, t5-base or t5-3b (synthetic, of their shapes), minilm, or tiny (for tests)."""
-    mode: str = "factored,full,efficient,lora"
-    """Any of factored, full, efficient, lora (AdamW on the factors), with commas between."""
+    mode: str = "factored,full,lorapro-adamw,lora"
+    """Any of factored, full, lorapro-adamw (the projection, then optax's AdamW) and lora (AdamW on
+    the factors), with commas between."""
     mesh: str | None = None
     """FSDPxTENSOR, such as 64x4; None: all chips along fsdp."""
     batch: int | None = None
@@ -97,8 +96,16 @@ def compare(settings: Settings, console: rich.console.Console) -> list[dict[str,
                 row |= measure(work, mode, mesh, pod_slice.memory(settings.topology))
                 row |= {"over_sgd": difference(row, found[0] if found else row)}
         found.append(row)
-        timing.append(found[-1:], "pod", settings, settings.results)
+        append(row, settings)
     return found
+
+
+def append(row: dict[str, Any], settings: Settings) -> None:
+    """Writes one JSON line: the row, what was asked for, and where it was compiled."""
+    config = {k: v for k, v in dataclasses.asdict(settings).items() if k != "results"}
+    settings.results.parent.mkdir(parents=True, exist_ok=True)
+    with settings.results.open("a") as file:
+        file.write(json.dumps({"bench": "pod", **row, "config": config, **provenance()}) + "\n")
 
 
 def planned(settings: Settings) -> tuple[pod_work.Workload, Mesh, dict[str, Any]]:
@@ -120,17 +127,10 @@ def planned(settings: Settings) -> tuple[pod_work.Workload, Mesh, dict[str, Any]
 # Measuring
 
 
-@contextlib.contextmanager
-def tracing_for_tpu(mesh: Mesh) -> Iterator[None]:
-    """Code that asks for the default backend gets the answer that it would get on the slice."""
-    with jax.set_mesh(mesh), mock.patch.object(jax, "default_backend", return_value="tpu"):
-        yield
-
-
 def measure(work: pod_work.Workload, mode: str, mesh: Mesh, memory_bytes: int) -> dict[str, Any]:
     """What one chip holds and does in a step of `mode`."""
     start = time.perf_counter()
-    with tracing_for_tpu(mesh):
+    with jax.set_mesh(mesh):
         step = pod_step.make(work, mode, mesh)
         lowered = step.jitted.lower(*step.args)
     middle = time.perf_counter()
@@ -153,7 +153,7 @@ def measure(work: pod_work.Workload, mode: str, mesh: Mesh, memory_bytes: int) -
 def update_alone(work: pod_work.Workload, mode: str, mesh: Mesh) -> dict[str, Any]:
     """What one chip does in the update of `mode`."""
     start = time.perf_counter()
-    with tracing_for_tpu(mesh):
+    with jax.set_mesh(mesh):
         step = pod_step.make_update(work, mode, mesh)
         compiled = step.jitted.lower(*step.args).compile()
     cost = hlo_cost.cost(compiled.as_text())

@@ -21,8 +21,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import lorapro_jax as lp
 from experiments.pod_work import HEAD, Tree, Workload
 
-# LoRA-Pro in its three modes, AdamW on the factors, and the least update that uses every gradient.
-MODES = ("efficient", "factored", "full", "lora", "sgd")
+# LoRA-Pro in its modes, its projection before optax's AdamW, AdamW on the factors, and the least
+# update that uses every gradient.
+MODES = ("factored", "full", "lorapro-adamw", "lora", "sgd")
 # Kernels whose inputs are split over `tensor`: they follow one whose outputs are.
 _ROW_PARALLEL = re.compile(r"(.*/)?(o|out|down|wo)/(kernel|lora_[ab])")
 
@@ -40,6 +41,8 @@ def optimizer(mode: str, work: Workload, rate: float = 1e-4) -> optax.GradientTr
         return optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(rate))
     if mode == "lora":
         tx = optax.adamw(rate)
+    elif mode == "lorapro-adamw":
+        tx = optax.chain(lp.lorapro(work.scale, layout=work.layout), optax.adamw(rate))
     else:
         tx = lp.lorapro_adamw(rate, work.scale, mode=mode, layout=work.layout)
     if work.head:

@@ -17,7 +17,7 @@ from experiments.summary import Row
 LEAST = 3  # rates of one method that make a sweep
 POINT = 0.01
 _ROUNDING = 1e-9  # 0.80 - 0.79 is more than 0.01 in binary
-COMPARED = (("lorapro-factored", "lorapro-full"), ("lorapro-efficient", "lora"))
+COMPARED = (("lorapro-factored", "lorapro-full"), ("lorapro-adamw", "lora"))
 
 
 class Sweep(NamedTuple):

@@ -8,8 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from experiments import paper, plots, report, summary
-from experiments.bench import tables
+from experiments import paper, plots, pod_tables, report, summary
 from experiments.config import CONFIGS, RunConfig, runs
 
 FACTS = pathlib.Path(__file__).parents[2] / "shared" / "PAPER.md"
@@ -166,28 +165,18 @@ def test_smoothing_keeps_a_line_and_a_constant():
     np.testing.assert_allclose(plots.smoothed(line)[half:-half], line[half:-half])
 
 
-def test_the_readmes_pod_table_is_made_from_the_rows():
-    root = pathlib.Path(__file__).parent.parent
-    rows = (root / "experiments" / "results" / "pod.jsonl").read_text().splitlines()
-    made = tables.pod_tables([json.loads(row) for row in rows])
-    assert made in (root / "README.md").read_text()
-    efficient = next(line for line in made.splitlines() if "v5e:4x4 | efficient" in line)
-    assert efficient.split(" | ")[2:4] == ["1.015", "20.97"]
-
-
 def test_a_pod_row_with_step_and_update_stands_in_both_tables():
     sizes = dict.fromkeys(["frozen_bytes", "trained_bytes", "state_bytes", "temporary_bytes"], 1e9)
     costs = {"flops": 4e12, "memory_traffic_bytes": 4e9, "sent_bytes": 4e9}
     row = {
-        "variant": "efficient", "config": {"model": "m", "topology": "v5e:4x4", "rank": None},
+        "variant": "lora", "config": {"model": "m", "topology": "v5e:4x4", "rank": None},
         "batch": 512, "fsdp": 16, "length": 1024, "rank": 8,
         "total_bytes": 4e9, **sizes, **costs, "update": {k: v / 100 for k, v in costs.items()},
     }  # fmt: skip
-    made = tables.pod_tables([row], ["m", "n"])
+    made = pod_tables.tables([row | {"total_bytes": 9e9}, row])
     assert "**m**, 32 x 1,024 tokens a chip, rank 8." in made
-    assert "| v5e:4x4 | efficient | 2 | 1,000 | 1 | 4 | 4 | 4 | 4 |" in made
+    assert "| v5e:4x4 | lora | 2 | 1,000 | 1 | 4 | 4 | 4 | 4 |" in made
     assert made.count("(1.0000%)") == 3
-    assert "**n**" not in made
 
 
 def test_an_update_whose_step_was_not_compiled_has_no_share():
@@ -196,41 +185,7 @@ def test_an_update_whose_step_was_not_compiled_has_no_share():
         "variant": "full", "config": {"model": "m", "topology": "v5e:4x4", "rank": 4},
         "batch": 16, "fsdp": 16, "length": 128, "update": update,
     }  # fmt: skip
-    assert "| v5e:4x4 | full | 4 | 5 | 6 |" in tables.pod_tables([row], ["m"])
-
-
-def test_shapes_by_rank_and_their_exponents():
-    def row(variant, rank, seconds, ratio, **more):
-        where = {"bench": "shapes", "model": "m", "layers": 1, "width": 1}
-        times = {"median_s": seconds, "ratio_to_adamw": ratio, "over_copy": 10 * ratio}
-        return where | {"variant": variant, "rank": rank} | times | more
-
-    slope = {"bench": "shapes_exponent", "model": "m", "time_by": "rank"}
-    made = tables.shapes_table(
-        [
-            row("adamw", 8, 0.002, 1.0),
-            row("efficient", 8, 0.004, 2.0),
-            row("full", 8, 0.04, 20.0),
-            row("dense floor", None, 0.01, 5.0),
-            row("adamw", 16, 0.003, 1.0),
-            row("adamw", 8, 9.0, 9.0),  # measured again, for another exponent
-            row("efficient", 8, 9.0, 9.0, layers=2),
-            slope | {"variant": "efficient", "exponent": 1.234},
-        ]
-    )
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in made.splitlines() if line]
-    assert lines[2] == ["m", "8", "2", "2", "", "20", "10", "20", "", "200"]
-    assert lines[3] == ["m", "16", "3", "", "", "", "10", "", "", ""]
-    assert lines[4] == ["time ~ x ** exponent", "rank, m"]
-    assert lines[7] == ["efficient", "1.23"]
-
-
-def test_first_steps_over_all_sizes_of_b():
-    row = {"variant": "full", "form": "default", "rate": 0.1, "monotone": True, "largest_jump": 0.0}
-    rows = [row | {"size": 0.0}, row | {"size": 1.0, "monotone": False, "largest_jump": 0.25}]
-    made = tables.first_steps_table([*rows, row | {"variant": "sgd", "size": None}])
-    assert made.splitlines()[0] == "| variant | form | 0.1 |"
-    assert made.splitlines()[2:] == ["| full | default | 1/2 2e-01 |"]
+    assert "| v5e:4x4 | full | 4 | 5 | 6 |" in pod_tables.tables([row])
 
 
 def _paper_cells(records) -> dict[str, dict[str, str]]:

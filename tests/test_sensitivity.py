@@ -13,7 +13,7 @@ RATES = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3]
 MEANS = {  # at RATES
     "lora": [0.60, 0.70, 0.795, 0.80, 0.79, 0.70],
     "lorapro-full": [0.70, 0.80, 0.785, 0.81, 0.805, 0.60],
-    "lorapro-efficient": [0.50, 0.55, 0.60, 0.70, 0.75, 0.79],
+    "lorapro-adamw": [0.50, 0.55, 0.60, 0.70, 0.75, 0.79],
 }
 SPREAD = [-0.002, 0.0, 0.002]  # over three seeds: std 0.002, standard error 0.002 / sqrt 3
 
@@ -45,12 +45,12 @@ def test_the_band_of_a_methods_own_best():
     assert band(swept(), "lora", 0.80) == (1e-4, 1e-3, False)  # 0.79 is just within
     # 3e-5 is within a point of the best too, but 1e-4 between them is not.
     assert band(swept(), "lorapro-full", 0.81) == (3e-4, 1e-3, False)
-    assert band(swept(), "lorapro-efficient", 0.79) == (3e-3, 3e-3, True)
+    assert band(swept(), "lorapro-adamw", 0.79) == (3e-3, 3e-3, True)
 
 
 def test_the_band_of_the_best_of_all_methods():
     assert band(swept(), "lora", 0.81) == (3e-4, 3e-4, False)
-    assert band(swept(), "lorapro-efficient", 0.81) is None
+    assert band(swept(), "lorapro-adamw", 0.81) is None
 
 
 def test_the_width_of_a_band_is_in_decades():
@@ -69,18 +69,18 @@ def _cells(records) -> list[dict[str, dict[str, str]]]:
 
 def test_the_table_of_the_methods():
     methods, _, _ = _cells(swept())
-    lora, efficient = methods["lora"], methods["lorapro-efficient"]
+    lora, projected = methods["lora"], methods["lorapro-adamw"]
     assert (lora["best rate"], lora["there"]) == ("0.0003", "0.800 ± 0.001")
     assert (lora["own band"], lora["common band"]) == ("1.00", "0.00")
     assert methods["lorapro-full"]["own band"] == "0.52"
-    assert (efficient["own band"], efficient["common band"]) == ("≥ 0.00", "–")
+    assert (projected["own band"], projected["common band"]) == ("≥ 0.00", "–")
     assert lora["1e-05"] == "0.600 ± 0.001"
     assert list(lora)[-6:] == ["1e-05", "3e-05", "0.0001", "0.0003", "0.001", "0.003"]
 
 
 def test_methods_are_compared_by_pairs_of_one_seed():
     # Each method spreads by 0.02 over the seeds, their difference by 0.001 only.
-    scores = {"lorapro-efficient": [0.700, 0.721, 0.742], "lora": [0.700, 0.720, 0.740]}
+    scores = {"lorapro-adamw": [0.700, 0.721, 0.742], "lora": [0.700, 0.720, 0.740]}
     records = [
         record(method=method, rate=rate, seed=seed, accuracy=score)
         for method, by_seed in scores.items()
@@ -88,7 +88,7 @@ def test_methods_are_compared_by_pairs_of_one_seed():
         for seed, score in enumerate(by_seed)
     ]
     methods = sweep(records).methods
-    found = sensitivity.difference(methods["lorapro-efficient"][1e-4], methods["lora"][1e-4])
+    found = sensitivity.difference(methods["lorapro-adamw"][1e-4], methods["lora"][1e-4])
     assert found is not None
     assert found.mean == pytest.approx(0.001)
     assert found.error == pytest.approx(np.std([0.0, 0.001, 0.002], ddof=1) / 3**0.5)
@@ -120,7 +120,7 @@ def test_validation_losses_are_compared_like_the_metric():
 def test_a_seed_that_only_one_method_has_is_in_no_pair():
     records = [r for r in swept() if r["config"]["method"] != "lora" or r["config"]["seed"] < 2]
     methods = sweep(records).methods
-    found = sensitivity.difference(methods["lorapro-efficient"][1e-4], methods["lora"][1e-4])
+    found = sensitivity.difference(methods["lorapro-adamw"][1e-4], methods["lora"][1e-4])
     assert found is not None
     assert (found.n, found.mean) == (2, pytest.approx(-0.195))
     assert found.error == pytest.approx(0, abs=1e-12)

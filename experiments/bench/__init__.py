@@ -1,1 +1,0 @@
-"""Benchmarks, each a module to run; their records go to experiments/results."""
