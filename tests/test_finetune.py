@@ -22,11 +22,12 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from experiments import config, finetune, methods, prepare, programs, train
+from experiments import config, finetune, methods, models, prepare, programs, train
 from experiments.config import RATES, Command, RunConfig
 from experiments.data.batching import BUCKETS
 from experiments.methods import METHODS
 from experiments.models import t5_files, t5_tiny
+from experiments.models import tiny as tiny_model
 
 ROOT = pathlib.Path(__file__).parents[1]
 # One bucket, so one compilation a run; 16 tokens are few, but these tests are not about accuracy.
@@ -43,6 +44,23 @@ def run_config(**changes) -> RunConfig:
     given = {"model": "tiny", "method": "lora", "learning_rate": 1e-3, "seed": 0, "epochs": 1}
     sizes = {"max_length": 16, "batch_size": 8, "train_examples": 64, "eval_examples": 20}
     return RunConfig(**given | sizes | changes)
+
+
+@contextlib.contextmanager
+def two_pairs() -> Iterator[pytest.MonkeyPatch]:
+    """The tiny model has one layer and two adapters, which is less to compile."""
+    one_layer = dataclasses.replace(tiny_model.CONFIG, num_hidden_layers=1)
+    adapted = r"encoder/layers/0/(attention/query|up)"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(tiny_model, "CONFIG", one_layer)
+        patched.setitem(models.MODELS, "tiny", models.get("tiny")._replace(adapted=adapted))
+        yield patched
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _small():
+    with two_pairs():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -74,13 +92,13 @@ def test_every_method_leaves_a_complete_record(all_methods):
 def test_optimizer_state_has_the_size_that_each_method_promises(all_methods):
     _, records = all_methods
     counters = 64  # step counts
-    for method in ("full", "lora", "lorapro-efficient"):
+    for method in ("full", "lora", "lorapro-adamw"):
         extra = records[method]["optimizer_state_bytes"] - 2 * records[method]["trainable_bytes"]
         assert 0 <= extra <= counters, method
-    kernels = 2 * (4 * 32 * 32 + 2 * 32 * 64)  # two layers: query, key, value, out; up, down
+    kernels, pairs = 32 * 32 + 32 * 64, 2
     head = 2 * 32 + 2
     extra = records["lorapro-full"]["optimizer_state_bytes"] - 2 * 4 * (kernels + head)
-    assert 0 <= extra <= counters
+    assert 0 <= extra <= counters + 4 * pairs  # full mode may keep the gradient's size of a pair
 
 
 def test_the_lora_methods_train_adapters_and_head_only(all_methods):
@@ -92,16 +110,6 @@ def test_the_lora_methods_train_adapters_and_head_only(all_methods):
         assert (last == {"lora_a", "lora_b"}) == (method != "full")
         assert {"head/kernel", "head/bias"} <= set(trained)
         assert sum(x.size for x in trained.values()) == record["trainable_parameters"]
-
-
-def test_diagnoses_are_cosines_and_lorapro_is_no_worse_than_lora(tmp_path):
-    flags = {"methods": "lora", "learning_rates": "1e-2", "diagnose_every": 4}
-    assert finetune.main(tiny(tmp_path, **flags)) == 0
-    (record,) = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
-    assert [point["step"] for point in record["diagnostics"]] == [4, 8]
-    for point in record["diagnostics"]:
-        assert point["lora_cosine"] <= point["lorapro_cosine"] <= 1.0 + 1e-5
-        assert -1.0 <= point["step_cosine"] <= 1.0 + 1e-5
 
 
 def test_a_complete_run_does_nothing(all_methods, capsys, monkeypatch):
@@ -154,6 +162,7 @@ def _kill_when(process: subprocess.Popen, condition) -> None:
     assert process.wait() == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_moment_ends_with_the_same_parameters(tmp_path):
     method = "lorapro-full"
     name = f"pydoc-tiny-{method}-lr{RATES[method]}-seed0"
@@ -377,15 +386,16 @@ def test_subsets_are_seeded_and_nested_in_the_split():
     assert set(prepare.subset(100, 20, 1)) <= set(range(100))
 
 
+@pytest.mark.slow
 def test_a_t5_is_fine_tuned_end_to_end(tmp_path):
     """Without adapters: `test_smoke_goes_the_whole_way_without_a_file`."""
-    flags = {"methods": "lorapro-efficient", "learning_rates": "1e-2", "model": "t5-tiny"}
+    flags = {"methods": "lorapro-adamw", "learning_rates": "1e-2", "model": "t5-tiny"}
     assert finetune.main(tiny(tmp_path, **flags, diagnose_every=4)) == 0
     (record,) = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
     assert record["losses"][-1][1] < record["losses"][0][1] / 2  # of a vocabulary of hundreds
     assert set(record["final"]) == {"accuracy", "f1", "matthews", "loss"}
     assert len(record["diagnostics"]) == 2
-    folder = tmp_path / "pydoc-t5-tiny-lorapro-efficient-lr0.01-seed0"
+    folder = tmp_path / "pydoc-t5-tiny-lorapro-adamw-lr0.01-seed0"
     trained = safetensors.numpy.load_file(folder / "final.safetensors")
     assert {path.rsplit("/", 1)[-1] for path in trained} == {"lora_a", "lora_b"}
     assert len(trained) == 2 * (2 * 6 + 2 * 10)  # of the encoder's and the decoder's linears

@@ -1,4 +1,4 @@
-"""Two processes of four devices against one of eight; one of them killed; disagreeing options.
+"""Several devices and processes against one; a process killed; disagreeing options.
 
 Two processes and one add the eight devices' gradients in different orders (gloo's, and that of
 XLA's threads), so their gradients differ in the last digits. Adam turns a gradient that is all
@@ -25,8 +25,11 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from test_finetune import tiny
 
-from experiments import config, devices, finetune, hosts, preemption
+from experiments import finetune, preemption
+
+pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS, RATE = 6, 1e-3
@@ -199,25 +202,49 @@ def test_processes_with_different_options_all_stop(tmp_path, cache):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--devices", "0"], "--devices must be a finite number of at least 1"),
-        (["--devices", "1000"], "set JAX_NUM_CPU_DEVICES=1000"),
-        (["--coordinator", "localhost:1"], "need --distributed"),
-        (["--timeout", "0"], "--timeout"),
-    ],
-)
-def test_bad_values_are_named_with_what_to_do(tmp_path, capsys, flags, message):
-    assert finetune.main([*FLAGS, "--out", str(tmp_path), *flags]) == 2
-    assert message in capsys.readouterr().err
+SHARDED = """
+import json, sys
+import jax
+from experiments import config, devices, finetune, prepare
+devices.SMALLEST = 1
+argv = json.loads(sys.argv[1])
+assert finetune.main(argv) == 0
+command = config.read(argv, "")
+run = config.runs(command)[-1]
+setup, params = prepare.build(run, prepare.load_data(run, None), devices.of(command))
+params = setup.devices.place(params)
+trees = {"params": params, "frozen": setup.frozen, "state": setup.programs.init(params)}
+print(json.dumps({
+    name: [sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree)),
+           sum(x.nbytes for x in jax.tree.leaves(tree))]
+    for name, tree in trees.items()
+}))
+"""
 
 
-def test_one_device_needs_no_mesh():
-    alone = devices.of(config.Command())
-    batch = {"tokens": np.zeros((2, 3), np.int32)}
-    assert alone.mesh is None
-    assert alone.count == 1
-    assert alone.shard(batch) is batch
-    assert alone.replicate(batch) is batch
-    assert hosts.once(lambda: 7) == 7
+def test_devices_that_share_the_parameters_train_what_one_does(tmp_path):
+    # An epsilon no smaller than the rate, so that rounding stays rounding.
+    methods = ("full", "lorapro-full")
+    flags = {"methods": ",".join(methods), "learning_rates": "1e-3", "eps": "1e-3"}
+    flags |= {"train_examples": 32, "checkpoint_every": 0}
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4", "JAX_ENABLE_X64": "0"}
+    argv = tiny(tmp_path / "four", **flags, devices=4, fsdp=2)
+    command = [sys.executable, "-c", SHARDED, json.dumps(argv)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for name, (mine, all_of_it) in json.loads(done.stdout.splitlines()[-1]).items():
+        assert mine < 0.6 * all_of_it, name  # biases and norms are whole on each
+    assert finetune.main(tiny(tmp_path / "one", **flags)) == 0
+    for method in methods:
+        folders = [tmp_path / n / f"pydoc-tiny-{method}-lr0.001-seed0" for n in ("four", "one")]
+        results = [json.loads((folder / "result.json").read_text()) for folder in folders]
+        for key in ("losses", "evaluations"):
+            found, wanted = (jax.tree.leaves(result[key]) for result in results)
+            np.testing.assert_allclose(found, wanted, rtol=1e-5, err_msg=f"{method}: {key}")
+    # LoRA-Pro's factors move along directions that change no product.
+    folders = [tmp_path / n / "pydoc-tiny-full-lr0.001-seed0" for n in ("four", "one")]
+    parts, whole = (safetensors.numpy.load_file(f / "final.safetensors") for f in folders)
+    for name, value in whole.items():
+        np.testing.assert_allclose(parts[name], value, rtol=0, atol=2e-6, err_msg=name)

@@ -295,6 +295,7 @@ def _bucket_after(program: str) -> Iterator[fake_gcs.Bucket]:
         yield bucket
 
 
+@pytest.mark.slow
 def test_gcsfs_and_orbax_do_the_same_over_http():
     with _bucket_after(CLIENTS) as bucket:
         assert sorted(bucket.objects) == ["run/a/result.json", "run/b/result.json"]
@@ -318,6 +319,7 @@ assert finetune.main(tiny(storage.at("WHOLE"), **FLAGS)) == 0
 """
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_ends_as_one_on_a_disk_though_it_was_stopped(tmp_path):
     with _bucket_after(STOPPED.replace("WHOLE", str(tmp_path))) as bucket:
         run = f"runs/{NAME}"

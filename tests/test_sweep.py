@@ -1,16 +1,14 @@
 """Runs trained together leave what `experiments.finetune` leaves of them, one after the other."""
 
-import dataclasses
 import json
 
 import jax
 import numpy as np
 import pytest
-from test_finetune import run_config, tiny
+from test_finetune import run_config, tiny, two_pairs
 from test_programs import compilations
 
-from experiments import finetune, models, plots, prepare, sweep, together
-from experiments.models import tiny as tiny_model
+from experiments import finetune, plots, prepare, sweep, together
 
 # LoRA's batches are of two lengths, often not the same for both seeds, and two of its runs diverge.
 # Factored mode's last batch is half full, and its runs are trained in two groups.
@@ -43,11 +41,7 @@ def records(out) -> dict[tuple, dict]:
 def both(tmp_path_factory):
     """The folder of a sweep, that of its runs made one by one, and what the sweep compiled."""
     out = tmp_path_factory.mktemp("sweep")
-    one_layer = dataclasses.replace(tiny_model.CONFIG, num_hidden_layers=1)
-    two_pairs = models.get("tiny")._replace(adapted=r"encoder/layers/0/(attention/query|up)")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(tiny_model, "CONFIG", one_layer)  # less to compile
-        patched.setitem(models.MODELS, "tiny", two_pairs)
+    with two_pairs() as patched:
         patched.setattr(prepare, "COMPILATION", 0)  # a length for every bucket
         patched.setattr(together, "STEPS", 4)
         patched.setattr(plots, "draw", lambda *args: {})

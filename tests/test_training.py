@@ -4,24 +4,30 @@ import contextlib
 import functools
 import json
 import math
-import os
 import pathlib
 import re
 import signal
 import struct
-import subprocess
-import sys
 import types
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-import safetensors.numpy
 from tensorboardX.proto import event_pb2
-from test_finetune import ROOT, run_config, tiny
+from test_finetune import run_config, tiny, two_pairs
 
-from experiments import config, finetune, preemption, prepare, programs, progress, train
+from experiments import (
+    config,
+    devices,
+    finetune,
+    hosts,
+    preemption,
+    prepare,
+    programs,
+    progress,
+    train,
+)
 
 BOTH_MODELS = pytest.mark.parametrize("model", ["tiny", "t5-tiny"])
 NAME = "pydoc-tiny-lorapro-factored-lr0.01-seed0"
@@ -94,6 +100,12 @@ def test_a_rematerialised_layer_has_the_same_dropout_the_second_time():
     assert abs(found[0][0] - plain("tiny")[2][0]) > 1e-3
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _small():
+    with two_pairs():
+        yield
+
+
 @contextlib.contextmanager
 def told_at(monkeypatch, step: int, number: int = signal.SIGTERM):
     """The process receives a signal once `step` losses are known."""
@@ -162,12 +174,16 @@ def test_what_is_measured_is_logged_and_changes_nothing(whole, tmp_path):
     assert (folder / "final.safetensors").read_bytes() == (whole / "final.safetensors").read_bytes()
     result = json.loads((folder / "result.json").read_text())
     assert [point["step"] for point in result["evaluations"]] == [0, 3, 6, 8]
+    assert [point["step"] for point in result["diagnostics"]] == [4, 8]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["kind"] == "train"]
     assert [[line["step"], line["loss"]] for line in steps] == result["losses"]
     # One step of warm-up, which has the rate 0, then half a cosine over seven.
     rates = [0.0, *(1e-2 * (1 + math.cos(math.pi * i / 7)) / 2 for i in range(7))]
     np.testing.assert_allclose([line["learning_rate"] for line in steps], rates, rtol=1e-5)
+    for point in result["diagnostics"]:
+        assert point["lora_cosine"] <= point["lorapro_cosine"] <= 1.0 + 1e-5
+        assert -1.0 <= point["step_cosine"] <= 1.0 + 1e-5
     for kind, points in (("validation", "evaluations"), ("diagnosis", "diagnostics")):
         found = [line for line in lines if line["kind"] == kind]
         assert found == [{"kind": kind} | point for point in result[points]]
@@ -217,54 +233,6 @@ def test_a_gradient_that_is_not_finite_stops_the_run_at_its_own_step():
     assert loop.history.losses == [0.5]
 
 
-SHARDED = """
-import json, sys
-import jax
-from experiments import config, devices, finetune, prepare
-devices.SMALLEST = 1
-argv = json.loads(sys.argv[1])
-assert finetune.main(argv) == 0
-command = config.read(argv, "")
-run = config.runs(command)[-1]
-setup, params = prepare.build(run, prepare.load_data(run, None), devices.of(command))
-params = setup.devices.place(params)
-trees = {"params": params, "frozen": setup.frozen, "state": setup.programs.init(params)}
-print(json.dumps({
-    name: [sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree)),
-           sum(x.nbytes for x in jax.tree.leaves(tree))]
-    for name, tree in trees.items()
-}))
-"""
-
-
-def test_devices_that_share_the_parameters_train_what_one_does(tmp_path):
-    # As in test_multihost: an epsilon no smaller than the rate, so that rounding stays rounding.
-    methods = ("full", "lorapro-full")
-    flags = {"methods": ",".join(methods), "learning_rates": "1e-3", "eps": "1e-3"}
-    flags |= {"train_examples": 32, "checkpoint_every": 0}
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4", "JAX_ENABLE_X64": "0"}
-    argv = tiny(tmp_path / "four", **flags, devices=4, fsdp=2)
-    command = [sys.executable, "-c", SHARDED, json.dumps(argv)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    for name, (mine, all_of_it) in json.loads(done.stdout.splitlines()[-1]).items():
-        assert mine < 0.6 * all_of_it, name  # biases and norms are whole on each
-    assert finetune.main(tiny(tmp_path / "one", **flags)) == 0
-    for method in methods:
-        folders = [tmp_path / n / f"pydoc-tiny-{method}-lr0.001-seed0" for n in ("four", "one")]
-        results = [json.loads((folder / "result.json").read_text()) for folder in folders]
-        for key in ("losses", "evaluations"):
-            found, wanted = (jax.tree.leaves(result[key]) for result in results)
-            np.testing.assert_allclose(found, wanted, rtol=1e-5, err_msg=f"{method}: {key}")
-    # LoRA-Pro's factors move along directions that change no product.
-    folders = [tmp_path / n / "pydoc-tiny-full-lr0.001-seed0" for n in ("four", "one")]
-    parts, whole = (safetensors.numpy.load_file(f / "final.safetensors") for f in folders)
-    for name, value in whole.items():
-        np.testing.assert_allclose(parts[name], value, rtol=0, atol=2e-6, err_msg=name)
-
-
 def test_jaxs_variables_ask_for_a_distributed_run_and_flags_go_first(monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host:1")
     monkeypatch.setenv("JAX_NUM_PROCESSES", "4")
@@ -274,12 +242,26 @@ def test_jaxs_variables_ask_for_a_distributed_run_and_flags_go_first(monkeypatch
     assert (command.coordinator, command.num_processes, command.process_id) == ("host:1", 4, 3)
 
 
+def test_one_device_needs_no_mesh():
+    alone = devices.of(config.Command())
+    batch = {"tokens": np.zeros((2, 3), np.int32)}
+    assert alone.mesh is None
+    assert alone.count == 1
+    assert alone.shard(batch) is batch
+    assert alone.replicate(batch) is batch
+    assert hosts.once(lambda: 7) == 7
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         ({"accumulate": "3"}, "--accumulate 3 does not divide --batch-size, 8"),
         ({"accumulate": "0"}, "--accumulate must be a finite number of at least 1"),
         ({"fsdp": "2"}, "--fsdp 2 does not divide the 1 devices of this run"),
+        ({"devices": "0"}, "--devices must be a finite number of at least 1"),
+        ({"devices": "1000"}, "set JAX_NUM_CPU_DEVICES=1000"),
+        ({"coordinator": "localhost:1"}, "need --distributed"),
+        ({"timeout": "0"}, "--timeout"),
         ({"keep": "0"}, "--keep must be a finite number of at least 1"),
         ({"evaluate_every": "-1"}, "--evaluate-every"),
         ({"profile_steps": "5"}, "--profile-steps 5 is not FIRST,LAST"),
