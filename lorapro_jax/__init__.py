@@ -4,11 +4,13 @@
 """
 
 from lorapro_jax import layouts, linen, nnx, peft
+from lorapro_jax._adam import lorapro_adamw, scale_by_lorapro_adam
 from lorapro_jax._diagnostics import PairDiagnostics, diagnose
 from lorapro_jax._layouts import Layout, LoRADimensionNumbers
 from lorapro_jax._partition import freeze_base, labels, merge, split
+from lorapro_jax._projection import lorapro, minimum_norm
+from lorapro_jax._retraction import retract
 from lorapro_jax._state_sharding import state_shardings
-from lorapro_jax._transform import lorapro, lorapro_adamw, scale_by_lorapro_adam
 from lorapro_jax.linen import merge_lora
 
 __all__ = [
@@ -24,8 +26,10 @@ __all__ = [
     "lorapro_adamw",
     "merge",
     "merge_lora",
+    "minimum_norm",
     "nnx",
     "peft",
+    "retract",
     "scale_by_lorapro_adam",
     "split",
     "state_shardings",

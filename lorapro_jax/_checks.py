@@ -1,30 +1,40 @@
 """Checks at the door. A traced value is never looked at: it may be any number."""
 
-import math
 from typing import Any
 
+import numpy as np
 from jax.core import Tracer
+
+
+def number(value: Any) -> float | None:
+    """The value as Python's float; None if it is traced. No operation on it may be staged."""
+    return None if isinstance(value, Tracer) else float(np.asarray(value))
+
+
+def check_between(name: str, value: Any, low: float, high: float) -> None:
+    """Raises ValueError unless low <= value < high in float32; NaN fails. Schedules pass."""
+    if callable(value) or (x := number(value)) is None:
+        return
+    if not low <= np.float32(x) < high:
+        raise ValueError(f"{name} must be in [{low}, {high}), not {x}")
 
 
 def check_positive(name: str, value: Any, what: str = "") -> None:
     """Raises ValueError unless `value` is positive and finite; `what` explains what it is."""
-    if isinstance(value, Tracer):
-        return
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be positive and finite, not {value}{what}")
+    x = number(value)
+    if x is not None and not 0 < x < float("inf"):
+        raise ValueError(f"{name} must be positive and finite, not {x}{what}")
 
 
 def check_scale(scale: Any, name: str = "scale") -> None:
-    """`check_positive` for the s of K0 + s a b; a callable is checked where it is called."""
-    if not callable(scale):
-        what = ": it is the s of K0 + s a b in the forward pass, alpha / rank or alpha / sqrt(rank)"
-        check_positive(name, scale, what)
-
-
-def check_between(name: str, value: Any, low: float, high: float) -> None:
-    """Raises ValueError unless low <= value < high; NaN fails."""
-    if not isinstance(value, Tracer) and not low <= float(value) < high:
-        raise ValueError(f"{name} must be in [{low}, {high}), not {float(value)}")
+    """Raises ValueError for an impossible s of K0 + s a b; a callable is checked where called."""
+    if callable(scale):
+        return
+    what = ": it is the s of K0 + s a b in the forward pass, alpha / rank or alpha / sqrt(rank)"
+    check_positive(name, scale, what)
+    x = number(scale)
+    if x is not None and not 1e-9 <= x <= 1e9:
+        raise ValueError(f"{name} is {x}, and float32 has no room for it and its inverse{what}")
 
 
 def check_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

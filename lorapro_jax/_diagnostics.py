@@ -11,22 +11,14 @@ import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float
 
-from lorapro_jax import _solve
-from lorapro_jax._batch import (
-    Problem,
-    Scale,
-    aligned,
-    first_steps,
-    groups,
-    over_batch,
-    places,
-    problem,
-    scale_of,
-    stacked,
-    unstacked,
-)
-from lorapro_jax._closed_form import ClosedForm
+from lorapro_jax._checks import check_between, check_scale
+from lorapro_jax._groups import Scale, groups, over_batch, scale_of, stack, unstack
 from lorapro_jax._layouts import Layout, find_pairs, flatten
+from lorapro_jax._pairwise import aligned
+from lorapro_jax._sharding import gram_left, gram_right
+from lorapro_jax._tangent import Factors, frames, tangent, to_factors
+
+Step = tuple[Array, Array]  # (da, db)
 
 
 class PairDiagnostics(NamedTuple):
@@ -87,55 +79,34 @@ def diagnose(
     References:
       Wang et al., LoRA-Pro, arXiv:2407.18242, section 2 (the equivalent gradient).
     """
+    check_scale(scale)
+    check_between("damping", damping, 0.0, float("inf"))
     paths, leaves, _ = flatten(grads)
     pairs = find_pairs(paths, leaves, layout, require_pairs=True)
     values = aligned(paths, leaves, params)
     new = None if updates is None else aligned(paths, leaves, updates)
-    found, alike = {}, groups(pairs, values)
-    at = places(alike, leaves, figures=True)
-    for group in alike.values():
-        p = problem(group, values, leaves, scale_of(group, scale))
-        _, target = first_steps(p, group, ClosedForm("sylvester", 0.0, "gram"))
-        if new is None:
-            _, taken = first_steps(p, group, ClosedForm("sylvester", damping, "gram"))
-        else:
-            taken = tuple(-_solve.widen(x) for x in stacked(group, new))
-        figures = unstacked(over_batch(_figures, group)(p, taken, target), group, at)
-        found |= zip((pair.path for pair in group.pairs), figures, strict=True)
+    found = {}
+    for group in groups(pairs, values).values():
+        a, b = stack(group, values)
+        p = Factors(a, b, scale_of(group, scale, a))
+        h = stack(group, leaves, gradients=True)
+        taken = None if new is None else tuple(-x for x in stack(group, new))
+        figures = over_batch(lambda *of: _figures(*of, damping), group)(p, h, taken)
+        names = (pair.path for pair in group.pairs)
+        found |= zip(names, unstack(group, figures), strict=True)
     return {pair.path: found[pair.path] for pair in pairs}
 
 
-def _inner(L: Array, R: Array, L2: Array, R2: Array) -> Array:
-    return jnp.sum(_solve.gram_left(L, L2) * _solve.gram_right(R, R2))
+def _figures(p: Factors, h: Step, taken: Step | None, damping: Any) -> PairDiagnostics:
+    """The figures of one pair; of the projected gradient where no step is given."""
 
+    def projected(damping: Any) -> Step:
+        f = frames(p, damping)
+        return to_factors(f, tangent(f, *h))
 
-def _compare(p: Problem, step, target) -> tuple[Array, Array, Array, Array]:
-    """Cosine, relative distance and both norms of J(step) and J(target)."""
-    x, y = (_solve.tangent(p.a, p.b, *z) for z in (step, target))
-    difference = _solve.tangent(p.a, p.b, step[0] - target[0], step[1] - target[1])
-    tiny = jnp.finfo(p.a.dtype).tiny
-    norm_x, norm_y, norm_d = (
-        jnp.abs(p.s) * jnp.sqrt(jnp.maximum(_inner(*z, *z), 0)) for z in (x, y, difference)
-    )
-    cosine = p.s * p.s * _inner(*x, *y) / jnp.maximum(norm_x * norm_y, tiny)
-    return cosine, norm_d / jnp.maximum(norm_y, tiny), norm_x, norm_y
-
-
-@sequential_vmap  # a batched svd can hang on a CPU as a batched eigh can: see _lapack
-def _condition(factor: Array) -> Array:
-    """From the factor's own singular values: those of its Gram would be squared."""
-    r = factor.shape[-1]
-    values = jnp.linalg.svd(factor.reshape(-1, r), compute_uv=False)
-    return jnp.where(values[-1] > 0, values[0] / values[-1], jnp.inf)  # also where 0 / 0
-
-
-def _norm(x: Array) -> Array:
-    return jnp.sqrt(jnp.sum(x * x))
-
-
-def _figures(p: Problem, step, target) -> PairDiagnostics:
+    target, step = projected(0.0), projected(damping) if taken is None else taken
     cosine, distance, norm_step, norm_target = _compare(p, step, target)
-    lora_cosine, lora_distance, _, _ = _compare(p, (p.h_a, p.h_b), target)
+    lora_cosine, lora_distance, _, _ = _compare(p, h, target)
     return PairDiagnostics(
         cosine,
         distance,
@@ -143,8 +114,34 @@ def _figures(p: Problem, step, target) -> PairDiagnostics:
         lora_distance,
         _condition(p.a),
         _condition(jnp.moveaxis(p.b, 0, -1)),
-        _norm(step[0]),
-        _norm(step[1]),
+        jnp.sqrt(jnp.sum(step[0] ** 2)),
+        jnp.sqrt(jnp.sum(step[1] ** 2)),
         norm_step,
         norm_target,
     )
+
+
+def _compare(p: Factors, step: Step, target: Step) -> tuple[Array, Array, Array, Array]:
+    """Cosine, relative distance and both norms of J(step) and J(target)."""
+    difference = step[0] - target[0], step[1] - target[1]
+    tiny = jnp.finfo(p.a.dtype).tiny
+    norm_x, norm_y, norm_d = (
+        jnp.sqrt(jnp.maximum(_inner(p, z, z), 0)) for z in (step, target, difference)
+    )
+    cosine = _inner(p, step, target) / jnp.maximum(norm_x * norm_y, tiny)
+    return cosine, norm_d / jnp.maximum(norm_y, tiny), norm_x, norm_y
+
+
+def _inner(p: Factors, x: Step, y: Step) -> Array:
+    """<J(x), J(y)>, from the Grams of the factors and their steps."""
+    L, L2 = (jnp.concatenate([da, p.a], axis=-1) * p.s for da, _ in (x, y))
+    R, R2 = (jnp.concatenate([p.b, db]) for _, db in (x, y))
+    return jnp.sum(gram_left(L, L2) * gram_right(R, R2))
+
+
+@sequential_vmap  # jaxlib's batched LAPACK calls can hang on a CPU when two run at once
+def _condition(factor: Array) -> Array:
+    """From the factor's own singular values: those of its Gram would be squared."""
+    r = factor.shape[-1]
+    values = jnp.linalg.svd(factor.reshape(-1, r), compute_uv=False)
+    return jnp.where(values[-1] > 0, values[0] / values[-1], jnp.inf)  # also where 0 / 0

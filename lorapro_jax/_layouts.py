@@ -135,6 +135,18 @@ def check_trainable(path: str, leaf: Any) -> None:
         )
 
 
+def _check_factor(path: str, leaf: Any) -> None:
+    """Raises ValueError for a factor whose step is not defined, or not in its dtype."""
+    check_trainable(path, leaf)
+    if not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.dtype.itemsize < 2:
+        raise ValueError(
+            f"{path} is a LoRA factor of dtype {leaf.dtype}; LoRA-Pro trains bfloat16, float16, "
+            "float32 and float64: cast it"
+        )
+    if 0 in leaf.shape:
+        raise ValueError(f"{path} is a LoRA factor of shape {tuple(leaf.shape)}: an axis is empty")
+
+
 def check_leaves(paths: Sequence[str], leaves: Sequence[Any]) -> None:
     """`check_trainable` for every leaf."""
     for path, leaf in zip(paths, leaves, strict=True):
@@ -243,8 +255,8 @@ def find_pairs(
         raise ValueError(f"two pairs share one path among {sorted(names)}; rename one of them")
     pairs = [_make_pair(names[name], index, leaves, layout) for name, index in found.items()]
     for pair in pairs:
-        check_trainable(paths[pair.a], leaves[pair.a])
-        check_trainable(paths[pair.b], leaves[pair.b])
+        _check_factor(paths[pair.a], leaves[pair.a])
+        _check_factor(paths[pair.b], leaves[pair.b])
     if require_pairs and leaves:
         if not pairs:
             raise ValueError(
@@ -265,31 +277,23 @@ def _b_order(axes: Axes) -> tuple[int, ...]:
     return (*axes.batch, *axes.summed, axes.rank, *axes.others)
 
 
-def read(pair: Pair, leaves: Sequence[Array]) -> tuple[Array, Array]:
-    """A pair of factors, or of steps, as a (*batch, *m, r) and b (*batch, r, *n)."""
-    return _read(pair, leaves, jnp.sum)
+def read(pair: Pair, leaves: Sequence[Array], *, gradients: bool = False) -> tuple[Array, Array]:
+    """A pair of factors or of steps, or of `gradients`, as a (*batch, *m, r) and b (*batch, r, *n).
 
-
-def read_gradients(pair: Pair, leaves: Sequence[Array]) -> tuple[Array, Array]:
-    """A pair of factor gradients as a (*batch, *m, r) and b (*batch, r, *n).
-
-    Every slice along a summed axis has the gradient of the sum.
+    Along a summed axis factors and steps add up; every slice has the gradient of the sum.
     """
-    return _read(pair, leaves, jnp.mean)
+    a = _whole_rank(leaves[pair.a], pair.a_axes).transpose(_a_order(pair.a_axes))
+    b = _whole_rank(leaves[pair.b], pair.b_axes).transpose(_b_order(pair.b_axes))
+    first, last = len(pair.b_axes.batch), len(pair.b_axes.batch) + len(pair.b_axes.summed)
+    if first < last:
+        b = (jnp.mean if gradients else jnp.sum)(b, axis=range(first, last))
+    # one batch for both: where the factors' batch axes are sharded differently, as that of a
+    return a, placed(b, joined(spec_of(a)[:first], spec_of(b)[first:]))
 
 
 def _whole_rank(x: Array, axes: Axes) -> Array:
     """`x`, gathered along its rank axis: (r, r) matrices are on every device."""
     return placed(x, [None if i == axes.rank else entry for i, entry in enumerate(spec_of(x))])
-
-
-def _read(pair: Pair, leaves: Sequence[Array], reduce: Callable) -> tuple[Array, Array]:
-    a = _whole_rank(leaves[pair.a], pair.a_axes).transpose(_a_order(pair.a_axes))
-    b = _whole_rank(leaves[pair.b], pair.b_axes).transpose(_b_order(pair.b_axes))
-    first, last = len(pair.b_axes.batch), len(pair.b_axes.batch) + len(pair.b_axes.summed)
-    b = reduce(b, axis=range(first, last)) if first < last else b
-    # one batch for both: where the factors' batch axes are sharded differently, as that of a
-    return a, placed(b, joined(spec_of(a)[:first], spec_of(b)[first:]))
 
 
 def write(pair: Pair, a: Array, b: Array, leaves: list[Any]) -> None:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec, reshard
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 # TPUs and Ampere GPUs would run float32 products at bf16 or tf32, whose error the
 # inverse Grams amplify by the square of the condition number.
@@ -36,6 +36,23 @@ def contract(
     return jnp.tensordot(x, y, axes, precision=_PRECISION, out_sharding=out)
 
 
+def dot(x: Array, y: Array) -> Array:
+    """x y, summed over the last axis of `x` and the first of `y`."""
+    return contract(x, y, [x.ndim - 1], [0])
+
+
+def gram_left(x: Float[Array, "*m r"], y: Float[Array, "*m k"]) -> Float[Array, "r k"]:
+    """xᵀ y, summed over every axis but the last."""
+    axes = list(range(x.ndim - 1))
+    return contract(x, y, axes, axes)
+
+
+def gram_right(x: Float[Array, "r *n"], y: Float[Array, "k *n"]) -> Float[Array, "r k"]:
+    """x yᵀ, summed over every axis but the first."""
+    axes = list(range(1, x.ndim))
+    return contract(x, y, axes, axes)
+
+
 def spec_of(x: Any) -> tuple[Any, ...]:
     """The mesh axes that each axis of an array is explicitly sharded over, or None."""
     return padded(jax.typeof(x).sharding.spec, x.ndim)
@@ -45,16 +62,6 @@ def padded(spec: Iterable[Any], ndim: int) -> tuple[Any, ...]:
     """An entry for each of `ndim` axes: those that a PartitionSpec leaves out are None."""
     entries = tuple(spec)
     return entries + (None,) * (ndim - len(entries))
-
-
-def possible_shards(x: Any) -> int:
-    """A number that the count of an axis's shards divides, whoever decides on it.
-
-    An array's type tells its mesh, if not how automatic axes are used. It tells none where jit is
-    given in_shardings for arrays without one: then they are on this process's devices.
-    """
-    mesh = jax.typeof(x).sharding.mesh
-    return jax.device_count() if mesh.empty else mesh.size
 
 
 def explicit(x: Any, spec: Sequence[Any]) -> NamedSharding | None:

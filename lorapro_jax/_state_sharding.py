@@ -1,18 +1,19 @@
 """The sharding of every leaf of an optimizer state: its parameter's, or its pair's kernel's."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lorapro_jax._batch import Group, groups
+from lorapro_jax._groups import Group, groups
 from lorapro_jax._layouts import Layout, factor_specs, find_pairs, flatten, kernel_spec
 from lorapro_jax._paths import path_str
 from lorapro_jax._sharding import padded
 
 Kernels = Callable[[str], PartitionSpec | None]
+Placed = tuple[tuple[int, ...], tuple[Any, ...]]  # shape and spec
 
 
 def state_shardings(
@@ -25,8 +26,9 @@ def state_shardings(
     """The sharding of each leaf of `tx.init(params)`, for jit's out_shardings and for Orbax.
 
     A leaf that belongs to a parameter (its path ends with the parameter's, shapes agree) is sharded
-    as that is; full mode's dense moments as the kernel that the pair adapts. Everything else
-    (counts, hyperparameters) is replicated. Works for any optax transformation.
+    as that is; what a group of pairs holds as its factors, and full mode's dense moments as the
+    kernel that the pair adapts. Everything else (counts, hyperparameters) is replicated. Works for
+    any optax transformation.
 
     Args:
       tx: the transformation, with whatever it is chained or masked with.
@@ -50,27 +52,24 @@ def state_shardings(
       >>> a, b = (NamedSharding(mesh, spec) for spec in (P("fsdp", None), P()))
       >>> params = {"q": {"lora_a": jax.ShapeDtypeStruct((8, 2), jnp.float32, sharding=a),
       ...                 "lora_b": jax.ShapeDtypeStruct((2, 4), jnp.float32, sharding=b)}}
-      >>> tx = lp.scale_by_lorapro_adam(2.0, mode="full")
-      >>> tuple(lp.state_shardings(tx, params).nu["q"].spec)
+      >>> state = lp.state_shardings(lp.lorapro_adamw(1e-4, 2.0), params)
+      >>> tuple(optax.tree.get(state, "mu_a")["q"].spec)
       (None, 'fsdp', None)
     """
     paths, leaves, _ = flatten(params)
     mesh = _mesh(paths, leaves)
     pairs = find_pairs(paths, leaves, layout, require_pairs=False)
-    known: dict[str, list[tuple[tuple[int, ...], Iterable[Any]]]] = {
-        path: [(leaf.shape, leaf.sharding.spec)] for path, leaf in zip(paths, leaves, strict=True)
+    known: dict[str, Placed] = {
+        path: (leaf.shape, leaf.sharding.spec) for path, leaf in zip(paths, leaves, strict=True)
     }
     for name, group in groups(pairs, leaves).items():
-        spec = _moment_spec(group, leaves, kernels)
-        known.setdefault(name, []).append(((*group.batch, *group.m, *group.n), spec))
-        known |= {f"{field}/{name}": [of] for field, of in _factor_sized(group, leaves).items()}
+        known |= {f"{field}/{name}": of for field, of in _fields(group, leaves, kernels).items()}
 
     def sharding(path, leaf) -> NamedSharding:
-        for end in _ends(path_str(path)):
-            for shape, spec in known.get(end, ()):
-                if shape == leaf.shape:
-                    return NamedSharding(mesh, PartitionSpec(*spec))
-        return NamedSharding(mesh, PartitionSpec())
+        keys = path_str(path).split("/")
+        ends = ("/".join(keys[i:]) for i in range(len(keys)))
+        specs = (known[end][1] for end in ends if end in known and known[end][0] == leaf.shape)
+        return NamedSharding(mesh, PartitionSpec(*next(specs, ())))
 
     return jax.tree_util.tree_map_with_path(sharding, jax.eval_shape(tx.init, params))
 
@@ -91,39 +90,35 @@ def _mesh(paths: Sequence[str], leaves: Sequence[Any]) -> Any:
     return mesh
 
 
-def _moment_spec(group: Group, leaves: Sequence[Any], kernels: Kernels | None) -> tuple[Any, ...]:
-    """How a group's moments, (pairs or *batch, *m, *n), are sharded."""
-    pair = group.pairs[0]
-    a_spec, b_spec = (padded(leaves[i].sharding.spec, leaves[i].ndim) for i in (pair.a, pair.b))
+def _fields(group: Group, leaves: Sequence[Any], kernels: Kernels | None) -> dict[str, Placed]:
+    """{field: (shape, spec)} of what a group's state has, in any mode."""
+    pair, (batch, m, n) = group.pairs[0], (group.batch, group.m, group.n)
+    specs = tuple(padded(leaves[i].sharding.spec, leaves[i].ndim) for i in (pair.a, pair.b))
+    kernel = _kernel(group, kernel_spec(pair, *specs), kernels)
+    a_spec, b_spec = factor_specs(pair, *specs)
+    a, b = zip(group.shapes, (a_spec, b_spec), strict=True)
+    k = len(batch)
+    return {
+        "mu_a": a,
+        "mu_b": b,
+        "row": ((*batch, *m), a_spec[:-1]),
+        "col": ((*batch, *n), (*b_spec[:k], *b_spec[k + 1 :])),
+        "mu": ((*batch, *m, *n), kernel),
+        "rms": ((*batch, *m, *n), kernel),
+        "size": (batch, kernel[:k]),
+    }
+
+
+def _kernel(group: Group, default: tuple[Any, ...], kernels: Kernels | None) -> tuple[Any, ...]:
+    """How a group's moments, (*batch, *m, *n), are sharded."""
     given = [kernels(pair.path) if kernels else None for pair in group.pairs]
     chosen = given[0]
     if given.count(None) == len(given):
-        return kernel_spec(pair, a_spec, b_spec)
+        return default
     axes = len(group.m) + len(group.n) + (0 if group.stacked else len(group.batch))
     if chosen is None or any(spec != chosen for spec in given) or len(chosen) > axes:
         raise ValueError(
             f"kernels gives {given} for {', '.join(pair.path for pair in group.pairs)}, whose "
             f"moments are one array; they need one spec, of {axes} axes at most"
         )
-    return (None, *chosen) if group.stacked else tuple(chosen)
-
-
-def _factor_sized(
-    group: Group, leaves: Sequence[Any]
-) -> dict[str, tuple[tuple[int, ...], tuple[Any, ...]]]:
-    """{field: (shape, spec)} of a group's state in factored and efficient mode."""
-    pair, (batch, m, n) = group.pairs[0], (group.batch, group.m, group.n)
-    a_spec, b_spec = (padded(leaves[i].sharding.spec, leaves[i].ndim) for i in (pair.a, pair.b))
-    a_spec, b_spec = factor_specs(pair, a_spec, b_spec)
-    first = len(batch)
-    a, b = ((*batch, *m, pair.rank), a_spec), ((*batch, pair.rank, *n), b_spec)
-    row, col = ((*batch, *m), a_spec[:-1]), ((*batch, *n), (*b_spec[:first], *b_spec[first + 1 :]))
-    return {"mu_a": a, "nu_a": a, "a": a, "mu_b": b, "nu_b": b, "b": b, "row": row, "col": col}
-
-
-def _ends(path: str) -> Iterator[str]:
-    """The path, and what is left of it as keys are taken off its front."""
-    yield path
-    while "/" in path:
-        path = path.partition("/")[2]
-        yield path
+    return padded((None, *chosen) if group.stacked else chosen, len(default))

@@ -1,108 +1,151 @@
-"""A tangent vector T of the pairs of rank r, by its coefficients.
+"""Steps of the weight that a pair can take: tangent vectors of K0 + s a b, and operations on them.
 
-The closed form's g~ = s (da b + a db) has da = h_a H_a + a C_a and db = H_b h_b + C_b b. So it is
+    frames          A = a S_a (m, r) and B = S_b b (r, n), orthonormal but for the damping λ:
+                    (P + λ)⁻¹ = S_a S_aᵀ, (Q + λ)⁻¹ = S_bᵀ S_b, with P = aᵀa, Q = b bᵀ
+    tangent vector  T = X B + A C B + A Y, its three parts orthogonal: Aᵀ X = 0, Y Bᵀ = 0
+    of a matrix G   H_a = G Bᵀ and H_b = Aᵀ G give C = Aᵀ G Bᵀ, X = H_a - A C, Y = H_b - C B;
+                    then T = P_a G + G P_b - P_a G P_b, the paper's g~, nearest to G
+    factors         s (da b + a db) = T for da = (X + A C_a) S_b / s, db = S_a (Y + C_b B) / s,
+                    whatever the split C = C_a + C_b; the partner of the larger factor takes C
 
-    T = s [x | A] W [B; y]      x = h_a, A = a S_a, B = S_b b, y = h_b
-
-for any S_a and S_b, with a W of (2 r, 2 r). A solver chooses them so that W is as small as the
-digits need: see `_solve.weights`. A step (da, db) itself is the T with x = da, y = db, S and W 1.
-Neither T nor (da, db) has to be formed to know T's squares or projections: contractions of the
-factors to (r, r), products of (2 r, 2 r), and factors times (r, r).
+Everything costs O((m + n) r²), and no (m, n) array is formed but by `dense` and `seen_of`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lorapro_jax._solve import dot, gram_left, gram_right
+from lorapro_jax._sharding import contract, dot, gram_left, gram_right
+from lorapro_jax._small import inverse_cholesky, sylvester
 
-Small = tuple[Float[Array, "*batch r r"], Float[Array, "*batch r r"]]  # of a's side, of b's
+
+class Factors(NamedTuple):
+    """One pair, or a batch of them: a (*batch, *m, r), b (*batch, r, *n), s (*batch,)."""
+
+    a: Array
+    b: Array
+    s: Array
+
+
+class Frames(NamedTuple):
+    """The bases of one pair."""
+
+    A: Float[Array, "*m r"]
+    B: Float[Array, "r *n"]
+    S_a: Float[Array, "r r"]
+    S_b: Float[Array, "r r"]
+    s: Float[Array, ""]
+    b_moves_first: Float[Array, ""]  # 1 where a is the larger factor, else 0
 
 
 class Tangent(NamedTuple):
-    """T of one pair, but for s."""
+    """T = X B + A C B + A Y, relative to a pair's frames."""
 
-    x: Float[Array, "*m r"]
-    a: Float[Array, "*m r"]
-    b: Float[Array, "r *n"]
-    y: Float[Array, "r *n"]
-    W: Float[Array, "k k"] | None = None  # k = 2 r; None: 1
-    S: Small | None = None  # S_a and S_b; None: 1, which an orthonormal a and b may have
+    X: Float[Array, "*m r"]
+    C: Float[Array, "r r"]
+    Y: Float[Array, "r *n"]
 
 
-class Seen(NamedTuple):
-    """The projections of an (m, n) array X, as of a gradient."""
+def ridge(P: Float[Array, "r r"], Q: Float[Array, "r r"], damping: Any) -> Float[Array, ""]:
+    """λ = max(damping / r, eps) · max(tr P, tr Q); below eps it would be lost in rounding.
 
-    h_a: Float[Array, "*m r"]  # s X bᵀ
-    h_b: Float[Array, "r *n"]  # s aᵀ X
-    core: Float[Array, "r r"]  # aᵀ h_a, which is h_b bᵀ
-
-
-def of_step(
-    a: Float[Array, "*m r"],
-    b: Float[Array, "r *n"],
-    da: Float[Array, "*m r"],
-    db: Float[Array, "r *n"],
-) -> Tangent:
-    """s (da b + a db)."""
-    return Tangent(da, a, b, db)
-
-
-def mean_squares(T: Tangent, s: Float[Array, ""]) -> tuple[Float[Array, "*m"], Float[Array, "*n"]]:
-    """Means of T² over its rows' and its columns' entries, in O((m + n) r²).
-
-    With the Grams G of the factors on the other side they are quadratic forms in the rows of
-    [x | A], by W G Wᵀ, and in the columns of [B; y], by Wᵀ G W.
+    Two factors of zeros have no size of their own: λ is that of a trace of 1.
     """
-    x, a, b, y, W, S = T
-    r = len(b)
-    m, n = x.size // r, y.size // r
-    xA, AA, yB, BB = gram_left(x, a), gram_left(a, a), gram_right(y, b), gram_right(b, b)
-    if S is not None:
-        xA, AA = dot(xA, S[0]), dot(S[0].T, dot(AA, S[0]))
-        yB, BB = dot(yB, S[1].T), dot(dot(S[1], BB), S[1].T)
-    N = jnp.block([[gram_left(x, x), xA], [xA.T, AA]])
-    K = jnp.block([[BB, yB.T], [yB, gram_right(y, y)]])
-    if W is not None:
-        K, N = dot(dot(W, K), W.T), dot(W.T, dot(N, W))
-    (K_x, K_xA, K_A), (N_B, N_By, N_y) = ((G[:r, :r], 2 * G[r:, :r], G[r:, r:]) for G in (K, N))
-    if S is not None:
-        K_xA, K_A = dot(S[0], K_xA), dot(S[0], dot(K_A, S[0].T))
-        N_By, N_B = dot(N_By, S[1]), dot(S[1].T, dot(N_B, S[1]))
-    of_rows = x * (dot(x, K_x) + dot(a, K_xA)) + a * dot(a, K_A)
-    of_cols = y * (dot(N_y, y) + dot(N_By, b)) + b * dot(N_B, b)
-    row = jnp.sum(of_rows, axis=-1) * (s * s / n).astype(x.dtype)
-    col = jnp.sum(of_cols, axis=0) * (s * s / m).astype(x.dtype)
-    return jnp.maximum(row, 0), jnp.maximum(col, 0)  # sums of squares, but for rounding
+    trace, info = jnp.maximum(jnp.trace(P), jnp.trace(Q)), jnp.finfo(P.dtype)
+    relative = jnp.maximum(jnp.asarray(damping, P.dtype) / len(P), info.eps)
+    return relative * jnp.where(trace > 0, trace, 1)
 
 
-def seen(
-    T: Tangent,
-    a: Float[Array, "*m r"],
-    b: Float[Array, "r *n"],
-    s: Float[Array, ""],
-    scales: tuple[Float[Array, "*m"], Float[Array, "*n"]] | None = None,
-) -> Seen:
-    """What (a, b) sees of X = T, or of X = D_l T D_r.
+def frames(p: Factors, damping: Any) -> Frames:
+    """The frames of one pair, damped relative to the larger Gram's mean eigenvalue."""
+    a, b, s = p
+    P, Q = gram_left(a, a), gram_right(b, b)
+    floor, eye = ridge(P, Q, damping), jnp.eye(len(P), dtype=P.dtype)
+    S_a = inverse_cholesky(P + floor * eye, floor).T
+    S_b = inverse_cholesky(Q + floor * eye, floor)
+    b_moves_first = (jnp.trace(P) >= jnp.trace(Q)).astype(P.dtype)
+    return Frames(dot(a, S_a), dot(S_b, b), S_a, S_b, s, b_moves_first)
 
-    `scales` are the diagonals of D_l and D_r. (a, b) need not be where T is tangent.
+
+def tangent(f: Frames, h_a: Float[Array, "*m r"], h_b: Float[Array, "r *n"]) -> Tangent:
+    """The T nearest to G, known by its projections h_a = s G bᵀ and h_b = s aᵀ G."""
+    return of_projections(f, dot(h_a, f.S_b.T / f.s), dot(f.S_a.T / f.s, h_b))
+
+
+def of_projections(f: Frames, H_a: Float[Array, "*m r"], H_b: Float[Array, "r *n"]) -> Tangent:
+    """The T nearest to G, known by G Bᵀ and Aᵀ G."""
+    C = gram_right(H_b, f.B)
+    return Tangent(H_a - dot(f.A, C), C, H_b - dot(C, f.B))
+
+
+def to_factors(f: Frames, T: Tangent) -> tuple[Float[Array, "*m r"], Float[Array, "r *n"]]:
+    """(da, db) with s (da b + a db) = T."""
+    C_b = T.C * f.b_moves_first
+    da = dot(T.X + dot(f.A, T.C - C_b), f.S_b / f.s)
+    return da, dot(f.S_a / f.s, T.Y + dot(C_b, f.B))
+
+
+def squared_norm(T: Tangent) -> Float[Array, ""]:
+    """||T||², a sum of squares."""
+    return sum((jnp.sum(part * part) for part in T), jnp.zeros((), T.C.dtype))
+
+
+def times(T: Tangent, factor: Array) -> Tangent:
+    """T times a number."""
+    return Tangent(*(part * factor for part in T))
+
+
+def mean_squares(f: Frames, T: Tangent) -> tuple[Float[Array, "*m"], Float[Array, "*n"]]:
+    """Means of T² over each row's and each column's entries, as sums of squares.
+
+    Row i is (X + A C)_i B + A_i Y: two orthogonal terms, so that nothing cancels.
     """
-    r, s = len(b), s.astype(b.dtype)
-    if scales is not None:
-        a, b = a * scales[0][..., None], b * scales[1][None]
-    of_a, of_b = gram_left(a, T.a), gram_right(T.b, b)
-    if T.S is not None:
-        of_a, of_b = dot(of_a, T.S[0]), dot(T.S[1], of_b)
-    # s on both sides and once more at the end: XLA compiles what only joins or adds for every group
-    left = s * jnp.concatenate([gram_left(a, T.x), of_a], axis=1)
-    right = s * jnp.concatenate([of_b, gram_right(T.y, b)], axis=0)
-    L, R = (left, right) if T.W is None else (dot(left, T.W), dot(T.W, right))
-    core, L_b, R_a = dot(left, R), L[:, :r], R[r:]
-    if T.S is not None:
-        L_b, R_a = dot(L_b, T.S[1]), dot(T.S[0], R_a)
-    h_a, h_b = dot(T.x, R[:r]) + dot(T.a, R_a), dot(L_b, T.b) + dot(L[:, r:], T.y)
-    h_a, h_b = s * h_a, s * h_b
-    if scales is not None:
-        h_a, h_b = h_a * scales[0][..., None], h_b * scales[1][None]
-    return Seen(h_a, h_b, core)
+    m, n = T.X.size // len(T.C), T.Y.size // len(T.C)
+    in_b, in_a = T.X + dot(f.A, T.C), T.Y + dot(T.C, f.B)
+    along_a = jnp.sum(dot(f.A, gram_right(T.Y, T.Y)) * f.A, axis=-1)
+    along_b = jnp.sum(dot(gram_left(T.X, T.X), f.B) * f.B, axis=0)
+    row = jnp.sum(in_b * in_b, axis=-1) + jnp.maximum(along_a, 0)
+    col = jnp.sum(in_a * in_a, axis=0) + jnp.maximum(along_b, 0)
+    return row / n, col / m
+
+
+def rescaled(f: Frames, T: Tangent, left: Float[Array, "*m"], right: Float[Array, "*n"]) -> Tangent:
+    """The tangent vector nearest to D_l T D_r, of the diagonals `left` and `right`."""
+    B_right, A_left = f.B * right[None], f.A * left[..., None]
+    Y_right, X_left = T.Y * right[None], T.X * left[..., None]
+    row = gram_right(B_right, f.B)
+    C_row = dot(T.C, row) + gram_right(Y_right, f.B)
+    H_a = dot(X_left, row) + dot(A_left, C_row)
+    column = gram_left(f.A, A_left)
+    C_column = dot(column, T.C) + gram_left(f.A, X_left)
+    return of_projections(f, H_a, dot(C_column, B_right) + dot(column, Y_right))
+
+
+def dense(f: Frames, T: Tangent, like: Array) -> Float[Array, "..."]:
+    """T as an (*m, *n) array, sharded as `like` is."""
+    L = jnp.concatenate([T.X + dot(f.A, T.C), f.A], axis=-1)
+    return contract(L, jnp.concatenate([f.B, T.Y]), [L.ndim - 1], [0], like=like)
+
+
+def nearest(f: Frames, U: Float[Array, "..."]) -> Tangent:
+    """The tangent vector nearest to an (*m, *n) array."""
+    m, n = f.A.ndim - 1, f.B.ndim - 1
+    rows, cols = list(range(m)), list(range(m, m + n))
+    H_a = contract(U, f.B, cols, list(range(1, n + 1)), like=f.A)
+    return of_projections(f, H_a, contract(f.A, U, rows, rows, like=f.B))
+
+
+def least_norm(
+    p: Factors, da: Float[Array, "*m r"], db: Float[Array, "r *n"], damping: Any
+) -> tuple[Float[Array, "*m r"], Float[Array, "r *n"]]:
+    """The (da, db) of least norm among those with the same da b + a db.
+
+    They are (da + a Z, db - Z b), and Z solves P Z + Z Q = db bᵀ - aᵀ da.
+    """
+    a, b, _ = p
+    P, Q = gram_left(a, a), gram_right(b, b)
+    floor = ridge(P, Q, damping) / 2
+    eye = floor * jnp.eye(len(P), dtype=P.dtype)
+    Z = sylvester(P + eye, Q + eye, gram_right(db, b) - gram_left(a, da), floor)
+    return da + dot(a, Z), db - dot(Z, b)

@@ -14,8 +14,6 @@ from typing import Any
 import jax
 from flax import linen as nn
 from flax.core import meta
-from flax.linen import dtypes
-from jax import lax
 from jaxtyping import Array
 
 from lorapro_jax import _adapter
@@ -173,36 +171,17 @@ def _axes(module: Any) -> tuple[int, ...]:
     return (axis,) if isinstance(axis, int) else tuple(axis)
 
 
-def _is_plain(module: Any) -> bool:
-    """Whether the module computes lax.dot_general with flax's own promotion, and nothing else."""
-    return (
-        module.dot_general in (None, lax.dot_general)
-        and module.dot_general_cls is None
-        and module.precision is None
-        and module.promote_dtype is dtypes.promote_dtype
-    )
-
-
-def _variable(module: nn.Module, name: str):
-    return meta.unbox(module.get_variable("params", name))
-
-
-def _adapted_call(next_call, inputs, context, path: str, a: Array, b: Array):
-    """The intercepted Dense with (x a) b added, in one product where that pays."""
-    module, axis = context.module, _axes(context.module)
+def _adapted_call(next_call, inputs, module: Any, path: str, a: Array, b: Array):
+    """The intercepted Dense with (x a) b added."""
+    axis = _axes(module)
     if getattr(module, "batch_dims", ()):
         raise ValueError(
             f"{path} is an nn.DenseGeneral with batch_dims {module.batch_dims}: a kernel per batch "
             "entry, not one matrix; leave it out of targets"
         )
-    kernel, bias = _variable(module, "kernel"), _variable(module, "bias")
-    _check_shapes(path, kernel.shape, len(axis), a, b)
-    # Another interceptor below this one must see the call: then only the sum of two terms will do.
-    if _is_plain(module) and next_call is context.orig_method:
-        x, kernel, bias = dtypes.promote_dtype(inputs, kernel, bias, dtype=module.dtype)
-        if _adapter.merge_pays(_adapter.inputs_last(x, axis)):
-            return _adapter.adapted(x, kernel, bias, a, b, axis)
     y = next_call(inputs)
+    kernel = meta.unbox(module.get_variable("params", "kernel"))
+    _check_shapes(path, kernel.shape, len(axis), a, b)
     x, a, b = module.promote_dtype(inputs, a, b, dtype=module.dtype)
     delta = _adapter.low_rank(_adapter.inputs_last(x, axis), a, b, module.precision)
     return y + delta.reshape(y.shape).astype(y.dtype)
@@ -265,7 +244,7 @@ def apply_with_lora(
         used.add(path)
         a, b = pairs[path]
         inputs = inspect.signature(next_call).bind(*call_args, **call_kwargs).args[0]
-        return _adapted_call(next_call, inputs, context, path, a, b * scales[path])
+        return _adapted_call(next_call, inputs, context.module, path, a, b * scales[path])
 
     with nn.intercept_methods(intercept):
         out = module.apply(variables, *args, **kwargs)

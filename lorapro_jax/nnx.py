@@ -9,42 +9,20 @@ import re
 from typing import Any
 
 from flax import nnx
-from flax.nnx.nn import dtypes
-from jax import lax
 
 from lorapro_jax import _adapter
 from lorapro_jax._checks import check_positive, check_rank
 from lorapro_jax._paths import no_match_error
 
 
-def _is_plain(module) -> bool:
-    """Whether the module computes lax.dot_general with flax's own promotion, and nothing else."""
-    return (
-        module.dot_general in (None, lax.dot_general)
-        and getattr(module, "dot_general_cls", None) is None
-        and module.precision is None
-        and module.preferred_element_type is None
-        and module.promote_dtype is dtypes.promote_dtype
-    )
-
-
 def _adapted_call(module: Any, base_call, inputs, out_sharding):
-    """The base layer's output with s (x a) b added, in one product where that pays."""
-    axis = getattr(module, "axis", (-1,))
-    a, b = module.lora_a[...], module.lora_b[...] * module.lora_scale
-    dropout = module.lora_dropout
-    if dropout is not None and dropout.deterministic:
-        dropout = None
-    if dropout is None and out_sharding is None and _is_plain(module):
-        bias = None if module.bias is None else module.bias[...]
-        operands = inputs, module.kernel[...], bias
-        x, kernel, bias = module.promote_dtype(operands, dtype=module.dtype)
-        if _adapter.merge_pays(_adapter.inputs_last(x, axis)):
-            return _adapter.adapted(x, kernel, bias, a, b, axis)
+    """The base layer's output with s (x a) b added."""
     y = base_call(inputs, out_sharding=out_sharding)
-    x = inputs if dropout is None else dropout(inputs)
-    x, a, b = module.promote_dtype((x, a, b), dtype=module.dtype)
-    delta = _adapter.low_rank(_adapter.inputs_last(x, axis), a, b, module.precision)
+    x = inputs if module.lora_dropout is None else module.lora_dropout(inputs)
+    b = module.lora_b[...] * module.lora_scale
+    x, a, b = module.promote_dtype((x, module.lora_a[...], b), dtype=module.dtype)
+    x = _adapter.inputs_last(x, getattr(module, "axis", (-1,)))
+    delta = _adapter.low_rank(x, a, b, module.precision)
     return y + delta.reshape(y.shape).astype(y.dtype)
 
 

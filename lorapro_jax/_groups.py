@@ -1,0 +1,130 @@
+"""Pairs alike as one batch, so that a program grows with the kinds of pairs, not with the layers.
+
+A group is one pair with batch axes (layers of a scan, heads, experts), or all separate pairs whose
+paths differ in their numbers only and whose shapes and dtypes agree. Those are sharded alike. Pairs
+of equal shape need not be: stacking a column-parallel and a row-parallel factor would move one of
+them between devices.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from lorapro_jax._checks import check_scale
+from lorapro_jax._layouts import Pair, factor_specs, read, write
+from lorapro_jax._sharding import explicit, placed, spec_of
+
+Scale = float | Array | Callable[[str], float]
+
+
+class Group(NamedTuple):
+    """Pairs that are one batch: one with batch axes of its own, or several without."""
+
+    pairs: tuple[Pair, ...]
+    batch: tuple[int, ...]  # sizes of the leading axes: (pairs,) where they are stacked
+    m: tuple[int, ...]
+    n: tuple[int, ...]
+    dtype: Any  # the factors', float32 or better
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the leading axis was made by stacking pairs."""
+        return not self.pairs[0].a_axes.batch
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of a (*batch, *m, r) and of b (*batch, r, *n)."""
+        r = self.pairs[0].rank
+        return (*self.batch, *self.m, r), (*self.batch, r, *self.n)
+
+
+def groups(pairs: Sequence[Pair], params: Sequence[Any]) -> dict[str, Group]:
+    """All groups, named by the pattern of their paths: `encoder/layers/*/query`.
+
+    Where one pattern covers several shapes, the name goes on with the shape.
+    """
+    alike: dict[Any, list[Pair]] = {}
+    for pair in pairs:
+        pattern = pair.path if pair.a_axes.batch else re.sub(r"\d+", "*", pair.path)
+        alike.setdefault((pattern, pair.rank, *_kernel(pair, params)), []).append(pair)
+    patterns = [pattern for pattern, *_ in alike]
+    found = {}
+    for (pattern, rank, batch, m, n, dtype), members in alike.items():
+        shape = "x".join(map(str, (*m, rank, *n)))
+        name = pattern if patterns.count(pattern) == 1 else f"{pattern} {shape} {dtype}"
+        found[name] = Group(tuple(members), batch or (len(members),), m, n, dtype)
+    return found
+
+
+def _kernel(pair: Pair, params: Sequence[Any]) -> tuple[Any, ...]:
+    """Sizes of the batch axes, of m and of n, and the dtype."""
+    a, b = params[pair.a], params[pair.b]
+    batch = tuple(a.shape[i] for i in pair.a_axes.batch)
+    m = tuple(a.shape[i] for i in pair.a_axes.others)
+    n = tuple(b.shape[i] for i in pair.b_axes.others)
+    dtype = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
+    return batch, m, n, jnp.dtype(dtype)
+
+
+def stack(group: Group, leaves: Sequence[Array], *, gradients: bool = False) -> tuple[Array, Array]:
+    """The group's factors, steps or gradients as two arrays in the group's dtype."""
+    columns = zip(*(read(p, leaves, gradients=gradients) for p in group.pairs), strict=True)
+    a, b = (
+        column[0] if not group.stacked
+        # one sharding for all: that of the first pair
+        else jnp.stack([placed(x, spec_of(column[0])) for x in column])
+        for column in columns
+    )  # fmt: skip
+    return a.astype(group.dtype), b.astype(group.dtype)
+
+
+def unstack(group: Group, tree: Any) -> list[Any]:
+    """One tree for each pair of the group."""
+    if not group.stacked:
+        return [tree]
+    return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(len(group.pairs))]
+
+
+def write_steps(group: Group, step: tuple[Array, Array], leaves: list[Any]) -> None:
+    """Puts the (da, db) of a group in the place of its pairs' leaves, in their axes and dtype."""
+    for pair, (da, db) in zip(group.pairs, unstack(group, step), strict=True):
+        write(pair, da, db, leaves)
+
+
+def scale_of(group: Group, scale: Scale, like: Array) -> Array:
+    """The s of each pair, (*batch,), sharded as the batch axes of `like` are."""
+    if callable(scale):
+        numbers = [scale(pair.path) for pair in group.pairs]
+        for pair, number in zip(group.pairs, numbers, strict=True):
+            check_scale(number, f"{pair.path}: scale")
+        s = jnp.asarray(numbers if group.stacked else numbers[0], group.dtype)
+    else:
+        s = jnp.asarray(scale, group.dtype)
+    sharding = explicit(like, spec_of(like)[: len(group.batch)])
+    return jnp.broadcast_to(s, group.batch, out_sharding=sharding)
+
+
+def factor_zeros(group: Group, leaves: Sequence[Any], dtype: Any = None) -> tuple[Array, Array]:
+    """Zeros of a group's (*batch, *m, r) and (*batch, r, *n), sharded as the factors are.
+
+    In `dtype`, or the group's. The leaves may be jax.ShapeDtypeStructs.
+    """
+    pair = group.pairs[0]
+    a, b = leaves[pair.a], leaves[pair.b]
+    specs = factor_specs(pair, spec_of(a), spec_of(b))
+    zero_a, zero_b = (
+        jnp.zeros(shape, dtype or group.dtype, out_sharding=explicit(a, spec))
+        for shape, spec in zip(group.shapes, specs, strict=True)
+    )
+    return zero_a, zero_b
+
+
+def over_batch(f: Callable, group: Group, in_axes: Any = 0) -> Callable:
+    """`f` of one pair, for all of a group."""
+    for _ in group.batch:
+        f = jax.vmap(f, in_axes)
+    return f

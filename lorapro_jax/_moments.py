@@ -1,0 +1,42 @@
+"""Exponential averages of first and second moments, for gradients of any size that float32 holds.
+
+Second moments are kept as their roots: squares of 1e30 and of 1e-30 have no place in float32.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def positive(size: Array) -> Array:
+    """`size`, or 1 where it is 0: what is divided by it is 0 then, too."""
+    return jnp.where(size > 0, size, 1)
+
+
+def unit(x: Array, y: Array) -> tuple[Array, Array, Float[Array, ""]]:
+    """Both over their largest entry, and that entry: their squares neither overflow nor vanish."""
+    size = positive(jnp.maximum(jnp.max(jnp.abs(x)), jnp.max(jnp.abs(y))))
+    return x / size, y / size, size
+
+
+def mean(new: Array, old: Array, decay: Any) -> Array:
+    """One step of an exponential average, in the new value's dtype."""
+    return decay * old.astype(new.dtype) + (1 - decay) * new
+
+
+def root_mean_square(x: Array) -> Float[Array, ""]:
+    """Of all entries, which are not negative."""
+    size = positive(jnp.max(x))
+    return size * jnp.sqrt(jnp.mean((x / size) ** 2))
+
+
+def mean_root(new: Array, old: Array, decay: Any) -> Array:
+    """One step of an exponential average of squares, of which `old` and `new` are the roots."""
+    size = positive(jnp.maximum(jnp.max(new), jnp.max(old)))
+    return size * jnp.sqrt(mean((new / size) ** 2, (old / size) ** 2, decay))
+
+
+def correction(decay: Any, count: Int[Array, ""], dtype: Any) -> Float[Array, ""]:
+    """1 - decay^count, by which an average that started from 0 is too small."""
+    return -jnp.expm1(count.astype(dtype) * jnp.log(jnp.asarray(decay, dtype)))

@@ -1,0 +1,141 @@
+"""From a step of the factors to a step of their product, as it was meant.
+
+Factors that move by (da, db) change the product by da b + a db + da db. The last term is nobody's
+intent, and right after b = 0 it is as large as the others. So the partner of the larger factor
+moves first, and the larger one is fitted to where its partner then is (here a is the larger one):
+
+    b' = b + db,   a' = a + da (b b'ᵀ + λ) (b' b'ᵀ + λ)⁻¹
+
+the least-squares fit of a' b' to a b + da b + a db: half a sweep of alternating least squares.
+Along directions in which b' has next to nothing (λ, the frames' damping) it is a's own step.
+
+The bound on a step's size is for the first steps: Adam's direction has entries of size 1 then, and
+of .2 or so later. A step may be twice as large as the recent ones, and `radius` is always allowed.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from lorapro_jax._checks import check_between
+from lorapro_jax._groups import Group, Scale, factor_zeros, over_batch
+from lorapro_jax._layouts import Layout
+from lorapro_jax._moments import mean_root, unit
+from lorapro_jax._pairwise import Rule, pairwise
+from lorapro_jax._sharding import dot, gram_left, gram_right
+from lorapro_jax._small import inverse_cholesky
+from lorapro_jax._tangent import Factors, ridge
+
+_GROWTH, _DECAY = 2.0, 0.5  # of a step's size over the recent ones'; of their running mean
+
+
+class RetractState(NamedTuple):
+    """State of `retract`, {group: array}."""
+
+    count: Int[Array, ""]  # steps taken
+    recent: Any  # (*batch,) running root mean square of the steps' sizes
+    bounded: Any  # (*batch,) in how many steps the bound acted
+
+
+def retract(
+    scale: Scale,
+    *,
+    radius: float | Array | None = 0.05,
+    damping: float | Array = 1e-6,
+    layout: Layout | None = None,
+    require_pairs: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    """The last of a chain: makes each pair's product move by da b + a db, as the chain meant.
+
+    Added to the factors as they are, (da, db) would move the product by da db too. So one factor
+    takes its step, and the other the step that fits the first one's new value. A step that is more
+    than twice as large as the recent ones is cut to that, unless it is small beside the factors:
+    without it, the first steps at a high rate are so large that training does not recover.
+
+    Args:
+      scale: as in `lorapro`.
+      radius: what a step may always have, in units of s max(tr aᵀa, tr b bᵀ) / r; 0.05 of it is
+        what LoRA's own steps have at its best rates. None: no bound.
+      damping: as in `lorapro`.
+      layout: as in `lorapro`.
+      require_pairs: as in `lorapro`.
+
+    Returns:
+      A GradientTransformationExtraArgs for updates that are about to be added to the parameters;
+      leaves in no pair pass through. `lp.diagnose` tells from its state how often the bound acted.
+
+    Raises:
+      ValueError: a negative radius, and whatever `lorapro` raises.
+
+    Example:
+      >>> import lorapro_jax as lp, optax
+      >>> tx = optax.chain(lp.lorapro(2.0), optax.sgd(0.1), lp.retract(2.0))
+
+    References:
+      Absil and Oseledets, Low-rank retractions, 2015: retractions by alternating projections.
+    """
+    check_between("damping", damping, 0.0, float("inf"))
+    if radius is not None:
+        check_between("radius", radius, 0.0, float("inf"))
+
+    def init(group: Group, leaves: Sequence[Any]) -> tuple[Array, ...]:
+        a, _ = factor_zeros(group, leaves)
+        each = jnp.sum(a, axis=range(len(group.batch), a.ndim))
+        return each, each.astype(jnp.int32)
+
+    def one(p: Factors, step: tuple[Array, Array], state: tuple[Array, Array]):
+        recent, bounded = state
+        P, Q = gram_left(p.a, p.a), gram_right(p.b, p.b)
+        size, factor = step_size(p, P, Q, *step), jnp.ones((), P.dtype)
+        if radius is not None:
+            mean = jnp.maximum(jnp.trace(P), jnp.trace(Q)) / len(P)
+            bound = jnp.maximum(_GROWTH * recent, radius * p.s * mean)
+            factor = bound / jnp.maximum(size, bound)
+        recent = mean_root(factor * size, recent, _DECAY)
+        bounded = bounded + (factor < 1).astype(bounded.dtype)
+        return fitted(p, P, Q, factor * step[0], factor * step[1], damping), (recent, bounded)
+
+    def update(group: Group, p: Factors, step: Any, state: Any, count: Array):
+        del count
+        return over_batch(one, group)(p, step, state)
+
+    rule = Rule(update, RetractState, init, gradients=False)
+    return pairwise(rule, scale, layout, require_pairs=require_pairs)
+
+
+def step_size(
+    p: Factors,
+    P: Float[Array, "r r"],
+    Q: Float[Array, "r r"],
+    da: Float[Array, "*m r"],
+    db: Float[Array, "r *n"],
+) -> Float[Array, ""]:
+    """s sqrt(||da b||² + ||a db||²), the norm of the product's step where da and a are orthogonal.
+
+    Of the sum da b + a db itself it would be a difference, and a rounding error where it is small.
+    """
+    da, db, size = unit(da, db)
+    squares = jnp.sum(gram_left(da, da) * Q) + jnp.sum(P * gram_right(db, db))
+    return size * p.s * jnp.sqrt(jnp.maximum(squares, 0))
+
+
+def fitted(
+    p: Factors,
+    P: Float[Array, "r r"],
+    Q: Float[Array, "r r"],
+    da: Float[Array, "*m r"],
+    db: Float[Array, "r *n"],
+    damping: Any,
+) -> tuple[Float[Array, "*m r"], Float[Array, "r *n"]]:
+    """The (da, db) that moves the product by da b + a db, up to the fit."""
+    b_first, floor = jnp.trace(P) >= jnp.trace(Q), ridge(P, Q, damping)
+    a, b = p.a + da, p.b + db
+    new = jnp.where(b_first, gram_right(b, b), gram_left(a, a))
+    mixed = jnp.where(b_first, gram_right(p.b, b), gram_left(p.a, a))
+    eye = jnp.eye(len(P), dtype=P.dtype)
+    J = inverse_cholesky(new + floor * eye, floor)
+    fit = dot(mixed + floor * eye, dot(J.T, J))
+    return dot(da, jnp.where(b_first, fit, eye)), dot(jnp.where(b_first, eye, fit.T), db)

@@ -1,0 +1,63 @@
+"""Matrices of (r, r) by elimination and products only: no LAPACK, the same on every backend."""
+
+import math
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from lorapro_jax._sharding import dot
+
+_ELIMINATED = 8  # rows; above, halves and products cost less than more unrolled steps
+
+
+def inverse_cholesky(P: Float[Array, "r r"], floor: Float[Array, ""]) -> Float[Array, "r r"]:
+    """The lower triangular J = L⁻¹ of P = L Lᵀ, so that P⁻¹ = Jᵀ J.
+
+    `floor` is a positive lower bound of P's eigenvalues. Every pivot is an eigenvalue bound of a
+    Schur complement, so none is below it; one that rounding pushed lower is raised to it.
+    """
+    r = len(P)
+    if r <= _ELIMINATED:
+        return _eliminate(P, floor)
+    k = r // 2
+    top = inverse_cholesky(P[:k, :k], floor)
+    mixed = dot(P[k:, :k], top.T)
+    bottom = inverse_cholesky(P[k:, k:] - dot(mixed, mixed.T), floor)
+    left = -dot(dot(bottom, mixed), top)
+    return jnp.block([[top, jnp.zeros((k, r - k), P.dtype)], [left, bottom]])
+
+
+def _eliminate(P: Float[Array, "r r"], floor: Float[Array, ""]) -> Float[Array, "r r"]:
+    """The same by Gauss-Jordan steps on [P I], written out."""
+    r = len(P)
+    rest, rows = jnp.concatenate([P, jnp.eye(r, dtype=P.dtype)], axis=1), []
+    for k in range(r):
+        row = rest[0] * lax.rsqrt(jnp.maximum(rest[0, 0], floor))
+        rows.append(row[r - k :])
+        rest = rest[1:, 1:] - row[1 : r - k, None] * row[None, 1:]
+    return jnp.stack(rows)
+
+
+def sylvester(
+    P: Float[Array, "r r"], Q: Float[Array, "r r"], R: Float[Array, "r r"], floor: Float[Array, ""]
+) -> Float[Array, "r r"]:
+    """The Z of P Z + Z Q = R, for symmetric P and Q with eigenvalues of at least `floor`.
+
+    With U = (P + t)⁻¹ (P - t) and V alike from Q, it is Z = U Z V + W: the sum of all Uᵏ W Vᵏ, of
+    which every doubling takes twice as many terms (Smith 1968).
+    """
+    eye, info = jnp.eye(len(P), dtype=P.dtype), jnp.finfo(P.dtype)
+    t = jnp.sqrt(floor * jnp.maximum(jnp.trace(P), jnp.trace(Q)))
+    J, K = inverse_cholesky(P + t * eye, t), inverse_cholesky(Q + t * eye, t)
+    P_inverse, Q_inverse = dot(J.T, J), dot(K.T, K)
+    U, V = eye - 2 * t * P_inverse, eye - 2 * t * Q_inverse
+    W = 2 * t * dot(dot(P_inverse, R), Q_inverse)
+
+    def double(_, state):
+        Z, U, V = state
+        return Z + dot(dot(U, Z), V), dot(U, U), dot(V, V)
+
+    # The slowest term decays by 1 - 4 sqrt(floor / trace), and floor / trace is about eps at least.
+    doublings = round(-math.log2(info.eps) / 2) + 4
+    return lax.fori_loop(0, doublings, double, (W, U, V))[0]
