@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from lorapro_jax._paths import no_match_error, path_str
+from lorapro_jax._paths import check_matches, path_str
 from lorapro_jax._sharding import joined, placed, spec_of
 
 
@@ -18,17 +18,17 @@ from lorapro_jax._sharding import joined, placed, spec_of
 class LoRADimensionNumbers:
     """Which axes of a pair's two leaves are the rank and the batch; the rest are m and n.
 
-    Per batch index the pair is K = K0 + s a b: every axis of `a` that is neither rank nor batch
-    is flattened into the rows m, every such axis of `b` into the columns n. Axes may be
-    negative. As for `jax.lax.ConvDimensionNumbers`, nothing is inferred from sizes.
+    Per batch index the pair is K = K0 + s a b: the axes of `a` that are neither rank nor batch
+    are the rows m, such axes of `b` the columns n. Axes may be negative. Nothing is inferred from
+    sizes.
 
     Args:
       a_rank: the rank axis of `a`; None for the last axis that is not a batch axis.
-      b_rank: the rank axis of `b`; None for the first axis that is not a batch axis.
+      b_rank: the rank axis of `b`; None for the first axis that is neither batch nor summed.
       a_batch: axes of `a` over which pairs are independent (scanned layers, heads, experts).
       b_batch: the axes of `b` that match them, in the same order.
-      b_sum: axes of `b` that the forward pass sums over before it meets the rank: the product is
-        a (sum of b over them). Each slice gets an equal share of the step.
+      b_sum: axes of `b` that the forward pass sums over: the product is a (sum of b over them).
+        Each slice gets an equal share of the step.
 
     Example:
       Twelve scanned layers, a (12, 768, 8) and b (12, 8, 3072):
@@ -58,11 +58,10 @@ class Layout:
     Args:
       a: regex that matches the whole path of a first factor; its group `pair` names the pair.
       b: the same for the second factor; two leaves with the same `pair` belong together.
-      dims: {regex of the pair's path: LoRADimensionNumbers}. What `infer` cannot tell must be
-        declared here.
-      infer: (path, axes of a, axes of b) -> LoRADimensionNumbers, or None where they could be
-        more than one thing. By default a pair needs no declaration if one leaf is a matrix,
-        (m, r) or (r, n): then no axis of the other is a batch axis.
+      dims: {regex of the pair's path: LoRADimensionNumbers}, for what `infer` cannot tell.
+      infer: (path, number of a's axes, of b's) -> LoRADimensionNumbers, or None where they could
+        be more than one thing. By default one leaf must be a matrix, (m, r) or (r, n): then no
+        axis of the other is a batch axis.
 
     Example:
       >>> import lorapro_jax as lp
@@ -80,7 +79,7 @@ class Layout:
         return dataclasses.replace(self, dims={**dims, **self.dims})
 
     def role(self, path: str) -> tuple[str, str] | None:
-        """("a" or "b", the pair's raw name) of a leaf, or None where it is no factor."""
+        """("a" or "b", the pair's name) of a leaf, or None where it is no factor."""
         for role, pattern in (("a", self.a), ("b", self.b)):
             if match := re.fullmatch(pattern, path):
                 return role, match["pair"]
@@ -92,16 +91,14 @@ class Layout:
 FLAX = Layout(a=r"(?P<pair>(.*[/_])?)lora_a", b=r"(?P<pair>(.*[/_])?)lora_b")
 
 
-_SEPARATORS = "/_."  # between the name of a pair and the role of a leaf
-
-
 class Axes(NamedTuple):
-    """One leaf's axes in canonical order: batch, the summed ones, then the rank and the others."""
+    """One leaf's axes by role."""
 
     batch: tuple[int, ...]
+    summed: tuple[int, ...]
     rank: int
     others: tuple[int, ...]
-    summed: tuple[int, ...] = ()
+    order: tuple[int, ...]  # all of them as `read` has them, the summed ones after the batch
 
 
 class Pair(NamedTuple):
@@ -115,29 +112,26 @@ class Pair(NamedTuple):
     rank: int
 
 
-def flatten(
-    tree: Any, is_leaf: Callable[[Any], bool] | None = None
-) -> tuple[list[str], list[Any], Any]:
+def flatten(tree: Any, is_leaf: Callable | None = None) -> tuple[list[str], list[Any], Any]:
     """Normalised paths, leaves and treedef."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf)
     return [path_str(path) for path, _ in leaves], [leaf for _, leaf in leaves], treedef
 
 
-def check_trainable(path: str, leaf: Any) -> None:
+def check_leaves(paths: Sequence[str], leaves: Sequence[Any]) -> None:
     """Raises ValueError for a leaf without a gradient: integers, booleans, float0."""
-    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
-    float0 = dtype == jax.dtypes.float0
-    if float0 or not jnp.issubdtype(dtype, jnp.inexact):
-        raise ValueError(
-            f"{path} has dtype {'float0' if float0 else dtype}, which cannot be trained; take it "
-            "out of the tree before jax.grad (lora, base = lp.split(params)), or freeze it with "
-            "lp.freeze_base"
-        )
+    for path, leaf in zip(paths, leaves, strict=True):
+        dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            raise ValueError(
+                f"{path} has dtype {dtype}, which cannot be trained; take it out of the tree "
+                "before jax.grad (lora, base = lp.split(params)), or freeze it with lp.freeze_base"
+            )
 
 
 def _check_factor(path: str, leaf: Any) -> None:
     """Raises ValueError for a factor whose step is not defined, or not in its dtype."""
-    check_trainable(path, leaf)
+    check_leaves([path], [leaf])
     if not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.dtype.itemsize < 2:
         raise ValueError(
             f"{path} is a LoRA factor of dtype {leaf.dtype}; LoRA-Pro trains bfloat16, float16, "
@@ -147,42 +141,35 @@ def _check_factor(path: str, leaf: Any) -> None:
         raise ValueError(f"{path} is a LoRA factor of shape {tuple(leaf.shape)}: an axis is empty")
 
 
-def check_leaves(paths: Sequence[str], leaves: Sequence[Any]) -> None:
-    """`check_trainable` for every leaf."""
-    for path, leaf in zip(paths, leaves, strict=True):
-        check_trainable(path, leaf)
-
-
-def _axes(
-    path: str,
-    name: str,
-    ndim: int,
-    rank: int | None,
-    batch: tuple[int, ...],
-    summed: tuple[int, ...] = (),
-) -> Axes:
+def _axes(path: str, name: str, ndim: int, dims: LoRADimensionNumbers) -> Axes:
     """The declared axes of one leaf, non-negative and complete."""
+    if name == "a":
+        batch, summed, rank = dims.a_batch, (), dims.a_rank
+    else:
+        batch, summed, rank = dims.b_batch, dims.b_sum, dims.b_rank
+    roles: dict[int, str] = {}
+    ranks = () if rank is None else (rank,)
+    for role, axes in (("batch", batch), ("summed", summed), ("rank", ranks)):
+        for axis in axes:
+            where = f"{path}: axis {axis} of {name}"
+            if not -ndim <= axis < ndim:
+                raise ValueError(f"{where} was declared {role}, but {name} has {ndim} axes")
+            if axis % ndim in roles:
+                raise ValueError(f"{where} was declared both {role} and {roles[axis % ndim]}")
+            roles[axis % ndim] = role
+    free = [axis for axis in range(ndim) if axis not in roles]
+    if rank is None:
+        if not free:
+            raise ValueError(f"{path}: the declaration leaves no axis of {name} for the rank")
+        rank = free.pop(-1 if name == "a" else 0)
+    batch, summed = (tuple(axis % ndim for axis in axes) for axes in (batch, summed))
+    rank, others = rank % ndim, tuple(free)
+    order = (*others, rank) if name == "a" else (rank, *others)
+    return Axes(batch, summed, rank, others, (*batch, *summed, *order))
 
-    def normal(axis: int) -> int:
-        if not -ndim <= axis < ndim:
-            raise ValueError(f"{path}: axis {axis} was declared for {name}, which has {ndim} axes")
-        return axis % ndim
 
-    batches, sums = (tuple(normal(axis) for axis in axes) for axes in (batch, summed))
-    taken = batches + sums
-    free = [axis for axis in range(ndim) if axis not in taken]
-    if len(set(taken)) < len(taken) or not free:
-        declared = f"batch axes {batch}" + (f" and summed axes {summed}" if summed else "")
-        raise ValueError(f"{path}: {declared} of {name} ({ndim} axes) leave no rank axis")
-    default = free[-1] if name == "a" else free[0]
-    chosen = default if rank is None else normal(rank)
-    if chosen in taken:
-        other = "batch" if chosen in batches else "summed"
-        raise ValueError(f"{path}: axis {rank} of {name} was declared both rank and {other}")
-    return Axes(batches, chosen, tuple(axis for axis in free if axis != chosen), sums)
-
-
-def _declared(path: str, a: Any, b: Any, layout: Layout) -> LoRADimensionNumbers:
+def _dims(path: str, a: Any, b: Any, layout: Layout) -> LoRADimensionNumbers:
+    """The pair's dimension numbers, declared or inferred."""
     for pattern, dims in layout.dims.items():
         if re.fullmatch(pattern, path):
             return dims
@@ -200,41 +187,46 @@ def _declared(path: str, a: Any, b: Any, layout: Layout) -> LoRADimensionNumbers
 
 def _make_pair(path: str, index: Mapping[str, int], leaves: Sequence[Any], layout: Layout) -> Pair:
     a, b = leaves[index["a"]], leaves[index["b"]]
-    dims = _declared(path, a, b, layout)
-    a_axes = _axes(path, "a", len(a.shape), dims.a_rank, dims.a_batch)
-    b_axes = _axes(path, "b", len(b.shape), dims.b_rank, dims.b_batch, dims.b_sum)
-    batch_a = [a.shape[axis] for axis in a_axes.batch]
-    batch_b = [b.shape[axis] for axis in b_axes.batch]
+    dims = _dims(path, a, b, layout)
+    a_axes, b_axes = _axes(path, "a", len(a.shape), dims), _axes(path, "b", len(b.shape), dims)
+    a_batch, b_batch = [a.shape[i] for i in a_axes.batch], [b.shape[i] for i in b_axes.batch]
     rank = a.shape[a_axes.rank]
-    if rank != b.shape[b_axes.rank] or batch_a != batch_b:
+    if rank != b.shape[b_axes.rank] or a_batch != b_batch:
         raise ValueError(
-            f"{path}: a {tuple(a.shape)} has rank {rank} and batch {batch_a}, b {tuple(b.shape)} "
-            f"has rank {b.shape[b_axes.rank]} and batch {batch_b}; they must agree. If the axes "
+            f"{path}: a {tuple(a.shape)} has rank {rank} and batch {a_batch}, b {tuple(b.shape)} "
+            f"has rank {b.shape[b_axes.rank]} and batch {b_batch}; they must agree. If the axes "
             "lie otherwise, declare them: layout=<yours, or lp.layouts.FLAX>.declare({...})"
         )
     return Pair(path, index["a"], index["b"], a_axes, b_axes, rank)
 
 
+def _path_of(name: str) -> str:
+    """The path of a pair from its name, which may end in a separator."""
+    return name.rstrip("/_.") or "lora"
+
+
 def _by_name(paths: Sequence[str], layout: Layout) -> dict[str, dict[str, int]]:
-    """{pair: {"a": leaf index, "b": leaf index}}, complete or an error."""
+    """{pair's name: {"a": leaf index, "b": leaf index}}, complete or an error."""
     found: dict[str, dict[str, int]] = {}
     for i, path in enumerate(paths):
-        if role := layout.role(path):
-            factors = found.setdefault(role[1], {})
-            if role[0] in factors:
+        if match := layout.role(path):
+            role, name = match
+            factors = found.setdefault(name, {})
+            if role in factors:
                 raise ValueError(
-                    f"{paths[factors[role[0]]]} and {path} are both the {role[0]} of one pair; "
+                    f"{paths[factors[role]]} and {path} are both the {role} of one pair; "
                     "pass a layout= whose group `pair` tells them apart"
                 )
-            factors[role[0]] = i
+            factors[role] = i
     for name, factors in found.items():
         if len(factors) == 1:
-            (role, i), other = *factors.items(), "b" if "a" in factors else "a"
-            where, leaf = name.rstrip(_SEPARATORS) or "the root", paths[i].rsplit("/", 1)[-1]
+            ((role, i),) = factors.items()
             raise ValueError(
-                f"{where} has {leaf} ({role}) but no matching {other}; train and freeze both "
-                "together, or pass layout=..."
+                f"{_path_of(name)} has {paths[i].rsplit('/', 1)[-1]} ({role}) but no matching "
+                f"{'b' if role == 'a' else 'a'}; train and freeze both together, or pass layout=..."
             )
+    if len({_path_of(name) for name in found}) < len(found):
+        raise ValueError(f"two pairs share one path among {sorted(found)}; rename one of them")
     return found
 
 
@@ -250,10 +242,7 @@ def find_pairs(
     """
     layout = FLAX if layout is None else layout
     found = _by_name(paths, layout)
-    names = {name: name.rstrip(_SEPARATORS) or "lora" for name in found}
-    if len(set(names.values())) < len(names):
-        raise ValueError(f"two pairs share one path among {sorted(names)}; rename one of them")
-    pairs = [_make_pair(names[name], index, leaves, layout) for name, index in found.items()]
+    pairs = [_make_pair(_path_of(name), index, leaves, layout) for name, index in found.items()]
     for pair in pairs:
         _check_factor(paths[pair.a], leaves[pair.a])
         _check_factor(paths[pair.b], leaves[pair.b])
@@ -263,18 +252,14 @@ def find_pairs(
                 f"none of {len(leaves)} leaves is a LoRA factor (such as {paths[0]}): no path "
                 f"matches {layout.a!r} or {layout.b!r}. Pass layout=..., or require_pairs=False"
             )
-        for pattern in layout.dims:
-            if not any(re.fullmatch(pattern, pair.path) for pair in pairs):
-                raise no_match_error("layout.dims", pattern, [pair.path for pair in pairs])
+        check_matches("layout.dims", layout.dims, [pair.path for pair in pairs])
     return tuple(sorted(pairs))
 
 
-def _a_order(axes: Axes) -> tuple[int, ...]:
-    return (*axes.batch, *axes.summed, *axes.others, axes.rank)
-
-
-def _b_order(axes: Axes) -> tuple[int, ...]:
-    return (*axes.batch, *axes.summed, axes.rank, *axes.others)
+def _canonical(x: Array, axes: Axes) -> Array:
+    """`x` in canonical order, gathered along its rank axis: (r, r) matrices are on every device."""
+    x = placed(x, [None if i == axes.rank else entry for i, entry in enumerate(spec_of(x))])
+    return x.transpose(axes.order)
 
 
 def read(pair: Pair, leaves: Sequence[Array], *, gradients: bool = False) -> tuple[Array, Array]:
@@ -282,18 +267,12 @@ def read(pair: Pair, leaves: Sequence[Array], *, gradients: bool = False) -> tup
 
     Along a summed axis factors and steps add up; every slice has the gradient of the sum.
     """
-    a = _whole_rank(leaves[pair.a], pair.a_axes).transpose(_a_order(pair.a_axes))
-    b = _whole_rank(leaves[pair.b], pair.b_axes).transpose(_b_order(pair.b_axes))
-    first, last = len(pair.b_axes.batch), len(pair.b_axes.batch) + len(pair.b_axes.summed)
-    if first < last:
-        b = (jnp.mean if gradients else jnp.sum)(b, axis=range(first, last))
+    a, b = _canonical(leaves[pair.a], pair.a_axes), _canonical(leaves[pair.b], pair.b_axes)
+    first, summed = len(pair.b_axes.batch), len(pair.b_axes.summed)
+    if summed:
+        b = (jnp.mean if gradients else jnp.sum)(b, axis=range(first, first + summed))
     # one batch for both: where the factors' batch axes are sharded differently, as that of a
     return a, placed(b, joined(spec_of(a)[:first], spec_of(b)[first:]))
-
-
-def _whole_rank(x: Array, axes: Axes) -> Array:
-    """`x`, gathered along its rank axis: (r, r) matrices are on every device."""
-    return placed(x, [None if i == axes.rank else entry for i, entry in enumerate(spec_of(x))])
 
 
 def write(pair: Pair, a: Array, b: Array, leaves: list[Any]) -> None:
@@ -306,31 +285,28 @@ def write(pair: Pair, a: Array, b: Array, leaves: list[Any]) -> None:
     if slices:
         share = jnp.expand_dims(b / math.prod(slices), range(first, first + len(slices)))
         b = jnp.broadcast_to(share, [*b.shape[:first], *slices, *b.shape[first:]])
-    for x, i, order in ((a, pair.a, _a_order(pair.a_axes)), (b, pair.b, _b_order(pair.b_axes))):
-        back = [order.index(axis) for axis in range(len(order))]
-        x = jnp.transpose(x, back).astype(leaves[i].dtype)
-        leaves[i] = placed(x, spec_of(leaves[i]))
+    for x, i, axes in ((a, pair.a, pair.a_axes), (b, pair.b, pair.b_axes)):
+        back = [axes.order.index(axis) for axis in range(x.ndim)]
+        leaves[i] = placed(jnp.transpose(x, back).astype(leaves[i].dtype), spec_of(leaves[i]))
+
+
+def _specs(pair: Pair, a_spec: Sequence[Any], b_spec: Sequence[Any]) -> tuple[list[Any], ...]:
+    """How batch, m and n are sharded where the leaves are sharded so; (pairs,) if no batch."""
+    batch = [a_spec[i] for i in pair.a_axes.batch] or [None]
+    return batch, [a_spec[i] for i in pair.a_axes.others], [b_spec[i] for i in pair.b_axes.others]
 
 
 def kernel_spec(pair: Pair, a_spec: Sequence[Any], b_spec: Sequence[Any]) -> tuple[Any, ...]:
-    """How (*batch, *m, *n) is sharded where the leaves are sharded so; (pairs, ...) if no batch.
-
-    A mesh axis that shards rows and columns shards the rows.
-    """
-    batch = [a_spec[i] for i in pair.a_axes.batch] or [None]
-    rows = [a_spec[i] for i in pair.a_axes.others]
-    return joined(batch, rows, [b_spec[i] for i in pair.b_axes.others])
+    """How (*batch, *m, *n) is sharded. A mesh axis that shards rows and columns shards the rows."""
+    return joined(*_specs(pair, a_spec, b_spec))
 
 
 def factor_specs(
     pair: Pair, a_spec: Sequence[Any], b_spec: Sequence[Any]
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """How (*batch, *m, r) and (*batch, r, *n) are sharded where the leaves are sharded so."""
-    batch = [a_spec[i] for i in pair.a_axes.batch] or [None]
-    rows = [a_spec[i] for i in pair.a_axes.others]
-    return joined(batch, rows, [None]), joined(
-        batch, [None], [b_spec[i] for i in pair.b_axes.others]
-    )
+    """How (*batch, *m, r) and (*batch, r, *n) are sharded."""
+    batch, rows, columns = _specs(pair, a_spec, b_spec)
+    return joined(batch, rows, [None]), joined(batch, [None], columns)
 
 
 def factor_indices(pairs: Iterable[Pair]) -> frozenset[int]:

@@ -8,13 +8,9 @@ import jax
 import optax
 
 from lorapro_jax._layouts import Layout, factor_indices, find_pairs, flatten
-from lorapro_jax._paths import no_match_error
+from lorapro_jax._paths import check_matches
 
 LORA, FROZEN = "lora", "frozen"
-
-
-def _is_none(x: Any) -> bool:
-    return x is None
 
 
 def labels(
@@ -28,8 +24,8 @@ def labels(
 
     Args:
       params: a pytree: Linen dicts (plain, FrozenDict, boxed), an nnx.State, or any other.
-      extra: regexes that match the whole path of further leaves to train, such as r"head/.*".
-        Factors of a pair keep the label "lora" even where a pattern matches them.
+      extra: regexes of the whole paths of further leaves to train, such as r"head/.*". Factors
+        keep the label "lora".
       layout: how pairs are named; `lp.layouts.FLAX` by default.
       require_pairs: whether a tree with leaves but without a pair is an error.
 
@@ -37,8 +33,8 @@ def labels(
       A tree of the structure of `params` with a string at every leaf, for `optax.partition`.
 
     Raises:
-      ValueError: no pair, an incomplete, inconsistent or ambiguous pair, a pattern that matches
-        no leaf, two patterns that match the same leaf.
+      ValueError: no pair; an incomplete, inconsistent or ambiguous one; a pattern that matches no
+        leaf; two that match one.
 
     Example:
       >>> import jax.numpy as jnp, lorapro_jax as lp
@@ -49,20 +45,16 @@ def labels(
     """
     paths, leaves, treedef = flatten(params)
     inside = factor_indices(find_pairs(paths, leaves, layout, require_pairs=require_pairs))
-    patterns = tuple(extra)
-    named = [LORA if i in inside else _extra_label(path, patterns) for i, path in enumerate(paths)]
-    for pattern in patterns if leaves else ():
-        if pattern not in named:
-            others = [path for i, path in enumerate(paths) if i not in inside]
-            raise no_match_error("extra", pattern, others)
+    patterns, named = tuple(extra), [LORA] * len(paths)
+    others = {i: path for i, path in enumerate(paths) if i not in inside}
+    if leaves:
+        check_matches("extra", patterns, others.values())
+    for i, path in others.items():
+        hits = [pattern for pattern in patterns if re.fullmatch(pattern, path)]
+        if len(hits) > 1:
+            raise ValueError(f"{path} is matched by {hits}; make the patterns of `extra` disjoint")
+        named[i] = hits[0] if hits else FROZEN
     return jax.tree.unflatten(treedef, named)
-
-
-def _extra_label(path: str, patterns: tuple[str, ...]) -> str:
-    hits = [pattern for pattern in patterns if re.fullmatch(pattern, path)]
-    if len(hits) > 1:
-        raise ValueError(f"{path} is matched by {hits}; make the patterns of `extra` disjoint")
-    return hits[0] if hits else FROZEN
 
 
 def freeze_base(
@@ -72,11 +64,10 @@ def freeze_base(
     layout: Layout | None = None,
     require_pairs: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    """`tx` for the LoRA factors, `extra` for further leaves, nothing at all for the rest.
+    """`tx` for the LoRA factors, `extra` for further leaves, zero updates for the rest.
 
-    A frozen leaf holds no optimizer state and its update is zero. To save the backward pass
-    through the weights too, differentiate only what trains: `lora, base = lp.split(params)`, or
-    `nnx.DiffState(0, nnx.LoRAParam)`.
+    A frozen leaf has no optimizer state. To save its backward pass too, differentiate only what
+    trains: `lora, base = lp.split(params)`, or `nnx.DiffState(0, nnx.LoRAParam)`.
 
     Args:
       tx: the transformation of the factors.
@@ -85,7 +76,7 @@ def freeze_base(
       require_pairs: whether a tree with leaves but without a pair is an error.
 
     Returns:
-      A GradientTransformationExtraArgs (an `optax.partition`).
+      An `optax.partition`.
 
     Raises:
       ValueError: at init and update, whatever `lp.labels` raises.
@@ -108,9 +99,8 @@ def freeze_base(
 def split(params: Any, *, layout: Layout | None = None) -> tuple[Any, Any]:
     """(lora, base): `params` twice, with None for the leaves that are in the other one.
 
-    None holds no leaves: `jax.grad` with respect to `lora` computes no gradient of the base, an
-    optimizer initialised on it holds no state for the base, and integer leaves of a quantised
-    base are never differentiated.
+    None is no leaf: `jax.grad` with respect to `lora` differentiates none of the base (integers of
+    a quantised one included), and an optimizer initialised on it holds no state for the base.
 
     Args:
       params: any pytree of parameters.
@@ -130,9 +120,10 @@ def split(params: Any, *, layout: Layout | None = None) -> tuple[Any, Any]:
       (True, True)
     """
     named = labels(params, layout=layout)
-    lora = jax.tree.map(lambda name, leaf: leaf if name == LORA else None, named, params)
-    base = jax.tree.map(lambda name, leaf: None if name == LORA else leaf, named, params)
-    return lora, base
+    return (
+        jax.tree.map(lambda name, leaf: leaf if name == LORA else None, named, params),
+        jax.tree.map(lambda name, leaf: None if name == LORA else leaf, named, params),
+    )
 
 
 def merge(lora: Any, base: Any) -> Any:
@@ -140,8 +131,8 @@ def merge(lora: Any, base: Any) -> Any:
 
     Args:
       lora: a tree of leaves or None.
-      base: the same tree with None where `lora` has a leaf. None in both is None in the result: an
-        empty part of the tree, such as the zero point of a symmetrically quantised kernel.
+      base: the same tree with None where `lora` has a leaf. None in both stays None, such as the
+        zero point of a symmetrically quantised kernel.
 
     Returns:
       One tree with every leaf.
@@ -154,8 +145,8 @@ def merge(lora: Any, base: Any) -> Any:
       >>> lp.merge({"w": None, "lora_a": 1.0}, {"w": 2.0, "lora_a": None})
       {'lora_a': 1.0, 'w': 2.0}
     """
-    paths, ours, treedef = flatten(lora, _is_none)
-    _, theirs, other = flatten(base, _is_none)
+    paths, ours, treedef = flatten(lora, lambda x: x is None)
+    _, theirs, other = flatten(base, lambda x: x is None)
     if treedef != other:
         raise ValueError(
             "lora and base are not two halves of one tree; pass what lp.split returned, "

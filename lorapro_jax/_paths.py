@@ -1,35 +1,58 @@
 """Parameter paths as strings, the same for Linen, NNX and optax trees: `layers/0/query/lora_a`."""
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 
+from lorapro_jax._checks import check_scale
+
 # nnx.State[Variable] and Linen's boxes put one more key behind a parameter's name;
 # the pure trees that nnx.Optimizer passes to `update` do not.
-_WRAPPER_KEYS = frozenset({"value", "raw_value", "array"})
-
-
-def _key_str(key) -> str:
-    return jax.tree_util.keystr((key,), simple=True)
+_WRAPPERS = tuple(jax.tree_util.GetAttrKey(name) for name in ("value", "raw_value", "array"))
 
 
 def path_str(path: tuple) -> str:
     """The normalised path of a leaf: keys joined by "/", a wrapper's attribute removed."""
-    keys = list(path)
-    while (
-        keys and isinstance(keys[-1], jax.tree_util.GetAttrKey) and keys[-1].name in _WRAPPER_KEYS
-    ):
-        keys.pop()
-    return "/".join(_key_str(key) for key in keys)
+    while path and path[-1] in _WRAPPERS:
+        path = path[:-1]
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def nest(flat: Mapping[str, Any]) -> dict:
+    """{"a/b": leaf} as {"a": {"b": leaf}}."""
+    tree: dict = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def scale_at(scale: Any, path: str) -> Any:
+    """The s of the pair at `path`, of one number for all or a callable of the path."""
+    value = scale(path) if callable(scale) else scale
+    check_scale(value, f"{path}: scale")
+    return value
+
+
+def check_matches(what: str, patterns: Iterable[str], paths: Iterable[str]) -> None:
+    """Raises ValueError for a pattern that matches none of the paths."""
+    paths = list(paths)
+    for pattern in patterns:
+        if not any(re.fullmatch(pattern, path) for path in paths):
+            raise no_match_error(what, pattern, paths)
 
 
 def no_match_error(what: str, pattern: str, candidates: Iterable[str]) -> ValueError:
     """The error for a pattern that matches nothing: names it and the paths that come closest."""
-    candidates = sorted(set(candidates))
-    near = difflib.get_close_matches(pattern, candidates, n=3, cutoff=0.3) or candidates[:3]
-    shown = ", ".join(near) if near else "there is none to match"
+    paths = sorted(set(candidates))
+    near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.3) or paths[:3]
     return ValueError(
-        f"{what} {pattern!r} matches none of {len(candidates)} paths; it is compared with the "
-        f"whole path (re.fullmatch). Nearest: {shown}"
+        f"{what} {pattern!r} matches none of {len(paths)} paths; it is compared with the whole "
+        f"path (re.fullmatch). Nearest: {', '.join(near) or 'there is none to match'}"
     )

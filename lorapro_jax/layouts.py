@@ -1,8 +1,7 @@
 """The presets: how each project of the JAX ecosystem names and lays out its LoRA factors.
 
-Each was read off that project's source. `declare` adds what shapes cannot tell: a pair whose two
-leaves have three or more axes each, such as scanned layers (L, D, r) / (L, r, F), is an error until
-its batch axes are declared.
+`declare` adds what shapes cannot tell: a pair whose leaves both have three or more axes, such as
+scanned layers (L, D, r) / (L, r, F), is an error until its batch axes are declared.
 """
 
 import re
@@ -14,8 +13,8 @@ __all__ = ["FLAX", "QWIX", "GEMMA", "OPENPI", "PEFT", "LORAX", "MAXDIFFUSION"]
 QWIX = Layout(a=r"(?P<pair>.+_)lora_a", b=r"(?P<pair>.+_)lora_b")
 """Qwix, and with it Tunix and MaxText: <kernel>_lora_a beside the kernel.
 
-Dense layers are flattened; an einsum keeps the kernel's axes, those that are contracted or batched
-in a and the others in b, so that a stack of experts with b in common is one matrix of E D rows.
+An einsum's a keeps the kernel's axes that are contracted or batched, b the others: a stack of
+experts with b in common is one matrix of E D rows.
 """
 
 GEMMA = Layout(a=r"(?P<pair>(.*/)?lora)/a", b=r"(?P<pair>(.*/)?lora)/b")
@@ -25,10 +24,10 @@ GEMMA = Layout(a=r"(?P<pair>(.*/)?lora)/a", b=r"(?P<pair>(.*/)?lora)/b")
 def _per_head(path: str, a_ndim: int, b_ndim: int) -> LoRADimensionNumbers | None:
     """openpi: all axes but the last two are heads, gates or layers, each with a pair of its own.
 
-    But for the attention's output (BTNH,NHD->BTD): its first product sums over the heads, so that
-    a (N, H, r) is one matrix of N H rows, and all heads' b (N, r, D) are added up.
+    The attention's output (BTNH,NHD->BTD) sums over the heads first: a (N, H, r) is one matrix of
+    N H rows, and all heads' b (N, r, D) are added up.
     """
-    summing = re.fullmatch(r"(.*/)?attn_vec_einsum(_\d+)?", path) is not None
+    summing = bool(re.fullmatch(r"(.*/)?attn_vec_einsum(_\d+)?", path))
     rows = 3 if summing else 2
     if a_ndim != b_ndim or a_ndim < rows:
         return None
@@ -45,8 +44,7 @@ OPENPI = Layout(a=FLAX.a, b=FLAX.b, infer=_per_head)
 def _torch(path: str, a_ndim: int, b_ndim: int) -> LoRADimensionNumbers | None:
     """PyTorch's orientation, (out, in): A (r, in) and B (out, r)."""
     del path
-    matrices = a_ndim == b_ndim == 2
-    return LoRADimensionNumbers(a_rank=0, b_rank=1) if matrices else None
+    return LoRADimensionNumbers(a_rank=0, b_rank=1) if a_ndim == b_ndim == 2 else None
 
 
 PEFT = Layout(
