@@ -8,7 +8,7 @@ m and n are all of the kernel's input and output axes. `params` and the model's 
 import inspect
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,34 +17,26 @@ from flax.core import meta
 from jaxtyping import Array
 
 from lorapro_jax import _adapter
-from lorapro_jax._checks import check_rank, check_scale
-from lorapro_jax._paths import no_match_error, path_str
-
-Scale = float | int | Array | Callable[[str], Any]
+from lorapro_jax._checks import check_rank
+from lorapro_jax._groups import Scale
+from lorapro_jax._layouts import flatten
+from lorapro_jax._paths import check_matches, nest, no_match_error, scale_at
 
 # The functions below flax's wrappers: intercepting these, and not subclasses' overrides or the
 # outer shell of a lifted transformation, adapts each linear map exactly once.
 _FORWARDS = (inspect.unwrap(nn.Dense.__call__), inspect.unwrap(nn.DenseGeneral.__call__))
 
 
-def _leaves(tree) -> dict[str, Any]:
-    return {path_str(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+def _by_module(tree: Any, name: str) -> dict[str, Any]:
+    """{module's path: its leaf of that name}; the root's path is empty."""
+    paths, leaves, _ = flatten(tree)
+    split = [(path.rpartition("/"), leaf) for path, leaf in zip(paths, leaves, strict=True)]
+    return {module: leaf for (module, _, last), leaf in split if last == name}
 
 
-def _module_of(path: str, leaf: str) -> str | None:
-    """The module path of a leaf of that name: ".../query" of ".../query/kernel"."""
-    head, _, tail = path.rpartition("/")
-    return head if tail == leaf else None
-
-
-def _under(module: str, leaf: str) -> str:
-    return f"{module}/{leaf}" if module else leaf
-
-
-def _scale_at(scale: Scale, path: str):
-    value = scale(path) if callable(scale) else scale
-    check_scale(value, f"{path}: scale")
-    return value
+def _matrix_shape(shape: tuple[int, ...], inputs: int) -> tuple[int, int]:
+    """(m, n) of a kernel whose first `inputs` axes are inputs."""
+    return math.prod(shape[:inputs]), math.prod(shape[inputs:])
 
 
 def _input_axes(path: str, shape: tuple[int, ...], declared: Mapping[str, int]) -> int:
@@ -54,10 +46,9 @@ def _input_axes(path: str, shape: tuple[int, ...], declared: Mapping[str, int]) 
         raise ValueError(f"{path}: the patterns of input_axes disagree: {found}; leave one of them")
     if not found and len(shape) != 2:
         raise ValueError(
-            f"{path}/kernel has shape {shape}, which does not say how many of its leading axes are "
-            f"inputs; declare it: input_axes={{{re.escape(path)!r}: 1}} if the product is "
-            f"({shape[0] if shape else 1}, ...), 2 if two axes are contracted. A layer stacked by "
-            "nn.scan or nn.vmap is not supported: leave it out of targets"
+            f"{path}/kernel has shape {shape}: declare how many leading axes are inputs, "
+            f"input_axes={{{re.escape(path)!r}: 1}} or 2. A layer stacked by nn.scan or nn.vmap is "
+            "not supported: leave it out of targets"
         )
     count = found[0] if found else 1
     if not 0 < count < len(shape):
@@ -66,18 +57,6 @@ def _input_axes(path: str, shape: tuple[int, ...], declared: Mapping[str, int]) 
             "least one axis must be an input and one an output"
         )
     return count
-
-
-def _nest(flat: Mapping[str, Any]) -> dict:
-    """{"a/b": leaf} as {"a": {"b": leaf}}."""
-    tree: dict = {}
-    for path, leaf in flat.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
 
 
 def init_lora(
@@ -124,64 +103,49 @@ def init_lora(
       LoRA, arXiv:2106.09685, section 4.1.
     """
     check_rank(rank)
-    kernels = {_module_of(path, "kernel"): leaf for path, leaf in _leaves(params).items()}
-    kernels = {path: leaf for path, leaf in kernels.items() if path is not None}
-    matched = {path: leaf for path, leaf in kernels.items() if re.fullmatch(targets, path)}
-    if not matched:
-        raise no_match_error("targets", targets, kernels)
-    flat = {}
-    for path, kernel in matched.items():
-        inputs = _input_axes(path, kernel.shape, input_axes or {})
-        shape = math.prod(kernel.shape[:inputs]), math.prod(kernel.shape[inputs:])
-        chosen = _adapter.factor_dtype(dtype, kernel.dtype)
-        a, b = _adapter.init_pair(key, path, shape, rank, chosen)
-        flat |= {_under(path, "lora_a"): a, _under(path, "lora_b"): b}
-    return _nest(flat)
+    kernels, flat = _by_module(params, "kernel"), {}
+    check_matches("targets", [targets], kernels)
+    for path, kernel in kernels.items():
+        if re.fullmatch(targets, path):
+            inputs = _input_axes(path, kernel.shape, input_axes or {})
+            shape = _matrix_shape(kernel.shape, inputs)
+            factors = _adapter.factor_dtype(dtype, kernel.dtype)
+            a, b = _adapter.init_pair(key, path, shape, rank, factors)
+            flat |= {f"{path}/lora_a".lstrip("/"): a, f"{path}/lora_b".lstrip("/"): b}
+    return nest(flat)
 
 
-def _pairs(lora) -> dict[str, tuple[Array, Array]]:
-    """{module path: (a, b)}; raises where one of the two is missing or a leaf is neither."""
-    leaves = _leaves(lora)
-    for path in leaves:
-        name = path.rpartition("/")[2]
-        if name not in ("lora_a", "lora_b"):
+def _pairs(lora: Any) -> dict[str, tuple[Array, Array]]:
+    """{module's path: (a, b)}; raises where one of the two is missing or a leaf is neither."""
+    for path in flatten(lora)[0]:
+        if path.rpartition("/")[2] not in ("lora_a", "lora_b"):
             raise ValueError(f"{path} in the lora tree is neither lora_a nor lora_b; remove it")
-    modules = sorted({path.rpartition("/")[0] for path in leaves})
-    for module in modules:
-        for name in ("lora_a", "lora_b"):
-            if _under(module, name) not in leaves:
-                raise ValueError(f"{module or 'the root'} has no {name}; pass both factors")
-    return {m: (leaves[_under(m, "lora_a")], leaves[_under(m, "lora_b")]) for m in modules}
-
-
-def _check_shapes(path: str, kernel_shape, inputs: int, a: Array, b: Array) -> None:
-    shape = math.prod(kernel_shape[:inputs]), math.prod(kernel_shape[inputs:])
-    expected = (a.shape[:-1], b.shape[1:], a.shape[-1:]) == (shape[:1], shape[1:], b.shape[:1])
-    if a.ndim != 2 or b.ndim != 2 or not expected:
-        raise ValueError(
-            f"{path}: the kernel {tuple(kernel_shape)} is a matrix {shape}, so lora_a must be "
-            f"({shape[0]}, r) and lora_b (r, {shape[1]}), but they are {a.shape} and {b.shape}; "
-            "make them by init_lora on these params, with input_axes as the layer contracts. "
-            "Factors stacked for nn.scan are not supported"
-        )
-
-
-def _axes(module: Any) -> tuple[int, ...]:
-    axis = getattr(module, "axis", -1)
-    return (axis,) if isinstance(axis, int) else tuple(axis)
+    a, b = _by_module(lora, "lora_a"), _by_module(lora, "lora_b")
+    for path in sorted(a.keys() ^ b.keys()):
+        missing = "lora_b" if path in a else "lora_a"
+        raise ValueError(f"{path or 'the root'} has no {missing}; pass both factors")
+    return {path: (a[path], b[path]) for path in sorted(a)}
 
 
 def _adapted_call(next_call, inputs, module: Any, path: str, a: Array, b: Array):
     """The intercepted Dense with (x a) b added."""
-    axis = _axes(module)
     if getattr(module, "batch_dims", ()):
         raise ValueError(
             f"{path} is an nn.DenseGeneral with batch_dims {module.batch_dims}: a kernel per batch "
             "entry, not one matrix; leave it out of targets"
         )
     y = next_call(inputs)
+    axis = getattr(module, "axis", -1)
+    axis = (axis,) if isinstance(axis, int) else tuple(axis)
     kernel = meta.unbox(module.get_variable("params", "kernel"))
-    _check_shapes(path, kernel.shape, len(axis), a, b)
+    m, n = _matrix_shape(kernel.shape, len(axis))
+    if (a.shape, b.shape) != ((m, *a.shape[-1:]), (*a.shape[-1:], n)):
+        raise ValueError(
+            f"{path}: the kernel {kernel.shape} is a matrix {m, n}, so lora_a must be ({m}, r) and "
+            f"lora_b (r, {n}), but they are {a.shape} and {b.shape}; make them by init_lora on "
+            "these params, with input_axes as the layer contracts. Factors stacked for nn.scan are "
+            "not supported"
+        )
     x, a, b = module.promote_dtype(inputs, a, b, dtype=module.dtype)
     delta = _adapter.low_rank(_adapter.inputs_last(x, axis), a, b, module.precision)
     return y + delta.reshape(y.shape).astype(y.dtype)
@@ -209,8 +173,8 @@ def apply_with_lora(
       scale: s, a positive float (alpha / r), or a callable of the module path.
       allow_unused: accept factors that no layer used in this call, as when `method` runs only a
         part of the model.
-      **kwargs: as in module.apply: method, rngs, mutable, capture_intermediates and the model's own
-        (but for `scale` and `allow_unused`, which do not reach it).
+      **kwargs: as in module.apply, and the model's own (but for `scale` and `allow_unused`, which
+        do not reach it).
 
     Returns:
       What module.apply returns.
@@ -233,9 +197,8 @@ def apply_with_lora(
     References:
       LoRA, arXiv:2106.09685, section 4.1.
     """
-    pairs = _pairs(lora)
-    scales = {path: _scale_at(scale, path) for path in pairs}
-    used = set()
+    pairs, used = _pairs(lora), set()
+    scales = {path: scale_at(scale, path) for path in pairs}
 
     def intercept(next_call, call_args, call_kwargs, context):
         path = "/".join(context.module.path)
@@ -248,7 +211,7 @@ def apply_with_lora(
 
     with nn.intercept_methods(intercept):
         out = module.apply(variables, *args, **kwargs)
-    unused = sorted(set(pairs) - used)
+    unused = sorted(pairs.keys() - used)
     if unused and not allow_unused:
         raise ValueError(
             f"no nn.Dense or nn.DenseGeneral ran at {', '.join(unused)}: these adapters change "
@@ -284,22 +247,17 @@ def merge_lora(params: Any, lora: Any, scale: Scale) -> Any:
     References:
       LoRA, arXiv:2106.09685, section 4.1: no additional inference latency.
     """
-    pairs = _pairs(lora)
-    kernels = {_module_of(path, "kernel") for path in _leaves(params)} - {None}
-    for path in pairs:
+    paths, leaves, treedef = flatten(params)
+    kernels = _by_module(params, "kernel")
+    for path, (a, b) in _pairs(lora).items():
         if path not in kernels:
-            raise no_match_error("the adapter's module path", path, {str(k) for k in kernels})
-
-    def fold(path, leaf):
-        module = _module_of(path_str(path), "kernel")
-        if module is None or module not in pairs:
-            return leaf
-        a, b = pairs[module]
-        if leaf.size != a.shape[0] * b.shape[-1] or a.shape[-1] != b.shape[0]:
+            raise no_match_error("the adapter's module path", path, kernels)
+        kernel = kernels[path]
+        if kernel.size != a.shape[0] * b.shape[-1] or a.shape[-1] != b.shape[0]:
             raise ValueError(
-                f"{module}: lora_a {a.shape} and lora_b {b.shape} do not make a matrix of the "
-                f"kernel's size, {leaf.shape}; pass the tree that init_lora made for these params"
+                f"{path}: lora_a {a.shape} and lora_b {b.shape} do not make a matrix of the "
+                f"kernel's size, {kernel.shape}; pass the tree that init_lora made for these params"
             )
-        return _adapter.fold(leaf, a, b, _scale_at(scale, module))
-
-    return jax.tree_util.tree_map_with_path(fold, params)
+        i = paths.index(f"{path}/kernel".lstrip("/"))
+        leaves[i] = _adapter.fold(kernel, a, b, scale_at(scale, path))
+    return jax.tree.unflatten(treedef, leaves)

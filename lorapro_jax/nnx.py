@@ -51,11 +51,11 @@ _ADAPTED = {nnx.Linear: LoRALinear, nnx.LinearGeneral: LoRALinearGeneral}
 _BASE = {adapted: base for base, adapted in _ADAPTED.items()}
 
 
-def _modules(model: nnx.Module) -> dict[str, nnx.Module]:
+def _modules(model: nnx.Module) -> dict[str, Any]:
     return {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
 
 
-def _targets(model: nnx.Module, pattern: str) -> dict[str, nnx.Module]:
+def _targets(model: nnx.Module, pattern: str) -> dict[str, Any]:
     """The modules to adapt, by path; raises if there is none or if one cannot be adapted."""
     modules = _modules(model)
     matched = {path: module for path, module in modules.items() if re.fullmatch(pattern, path)}
@@ -70,8 +70,8 @@ def _targets(model: nnx.Module, pattern: str) -> dict[str, nnx.Module]:
             f"{type(module).__name__}; supported are exactly nnx.Linear and nnx.LinearGeneral"
         )
     if not found:
-        candidates = [path for path, module in modules.items() if type(module) in _ADAPTED]
-        raise no_match_error("targets", pattern, candidates)
+        supported = [path for path, module in modules.items() if type(module) in _ADAPTED]
+        raise no_match_error("targets", pattern, supported)
     return found
 
 
@@ -82,19 +82,14 @@ def _matrix_shape(path: str, module: Any) -> tuple[int, int]:
             f"{path} is an nnx.LinearGeneral with batch_axis {dict(module.batch_axis)}: a "
             "kernel per batch entry, not one matrix; leave it out of targets"
         )
-    inputs = len(getattr(module, "axis", (-1,)))
-    outputs = len(getattr(module, "out_features", ())) if hasattr(module, "axis") else 1
-    shape = module.kernel.shape
+    general, shape = type(module) is nnx.LinearGeneral, module.kernel.shape
+    inputs, outputs = (len(module.axis), len(module.out_features)) if general else (1, 1)
     if len(shape) != inputs + outputs:
         raise ValueError(
             f"{path}/kernel has shape {shape}, expected {inputs} input and {outputs} output axes; "
             "a stacked layer (nnx.vmap) needs add_lora inside the function that vmap maps"
         )
     return math.prod(shape[:inputs]), math.prod(shape[inputs:])
-
-
-def _scale(alpha: float, rank: int, rslora: bool) -> float:
-    return float(alpha) / (math.sqrt(rank) if rslora else rank)
 
 
 def add_lora(
@@ -111,20 +106,18 @@ def add_lora(
     """Adds a low-rank adapter to every linear layer of `model` whose path matches, in place.
 
     y = x (K + s a b) + bias, a (m, r) uniform in ±1/sqrt(m) (PEFT's kaiming-uniform with a = √5),
-    b (r, n) = 0, so that the model's output does not change until b is trained. The layer stays
-    the object it was; its class becomes a subclass of its own (`LoRALinear`,
-    `LoRALinearGeneral`), so paths, isinstance and the model's code remain valid, and the kernel's
-    checkpoints too. Matched modules that are no linear layer, such as a container, are left alone.
+    b (r, n) = 0: the output does not change until b is trained. A layer stays the object it was,
+    of a subclass of its class: paths, isinstance, checkpoints and the model's code remain valid.
+    Matched modules that are no linear layer, such as containers, are left alone.
 
     Args:
       model: any nnx module.
-      rank: r, at least 1. More than min(m, n) is allowed, for a pattern may cover small layers
-        too, but adds nothing that min(m, n) cannot express.
+      rank: r, at least 1. More than min(m, n) is allowed and adds nothing.
       alpha: s = alpha / r; positive.
       targets: regex, compared with the whole module path ("encoder/layers/0/attention/query").
       rslora: s = alpha / sqrt(r) instead.
       dropout: rate in [0, 1) of a dropout on the adapter's input only. It follows model.train()
-        and model.eval(), and draws from the "dropout" stream of `rngs`.
+        and model.eval().
       dtype: of the factors; None is the kernel's, but at least float32. The layer computes in its
         own dtype either way.
       rngs: keys for a ("params") and for the dropout ("dropout").
@@ -152,17 +145,15 @@ def add_lora(
     check_positive("alpha", alpha)
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout!r}; pass a rate in [0, 1)")
-    shapes = {
-        path: _matrix_shape(path, module) for path, module in _targets(model, targets).items()
-    }
-    modules, key = _modules(model), rngs.params()
-    for path, shape in shapes.items():
-        module: Any = modules[path]
-        chosen = _adapter.factor_dtype(dtype, module.kernel.dtype)
-        a, b = _adapter.init_pair(key, path, shape, rank, chosen)
+    modules = _targets(model, targets)
+    shapes = {path: _matrix_shape(path, module) for path, module in modules.items()}
+    key = rngs.params()
+    for path, module in modules.items():
+        factors = _adapter.factor_dtype(dtype, module.kernel.dtype)
+        a, b = _adapter.init_pair(key, path, shapes[path], rank, factors)
         object.__setattr__(module, "__class__", _ADAPTED[type(module)])
         module.lora_a, module.lora_b = nnx.LoRAParam(a), nnx.LoRAParam(b)
-        module.lora_scale = _scale(alpha, rank, rslora)
+        module.lora_scale = float(alpha) / (math.sqrt(rank) if rslora else rank)
         if dropout:
             module.lora_dropout = nnx.Dropout(dropout, rngs=rngs)
 
@@ -191,7 +182,7 @@ def merge_lora(model: nnx.Module) -> None:
     References:
       LoRA, arXiv:2106.09685, section 4.1: no additional inference latency.
     """
-    adapted: list[Any] = [m for m in _modules(model).values() if type(m) in _BASE]
+    adapted = [module for module in _modules(model).values() if type(module) in _BASE]
     if not adapted:
         raise ValueError("the model has no adapter to merge; add_lora adds them")
     for module in adapted:
