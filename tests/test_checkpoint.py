@@ -91,13 +91,14 @@ def _save_on_a_full_disk(folder: pathlib.Path, limit: int) -> None:
     assert_same(got, arrays(2))
 
 
-@pytest.mark.parametrize("limit", [10, 100_000])  # in the first file, in the arrays
-def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, limit):
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
     # In a process of its own: a limit on file sizes is the whole process's, and a failed write
     # leaves threads and coroutines of Orbax behind, which complain whenever they are collected.
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        pool.submit(_save_on_a_full_disk, tmp_path, limit).result(timeout=120)
+        for limit in (10, 100_000):  # in the first file, in the arrays
+            folder = tmp_path / str(limit)
+            pool.submit(_save_on_a_full_disk, folder, limit).result(timeout=120)
 
 
 def test_a_full_disk_leaves_the_file_before(tmp_path):

@@ -98,7 +98,7 @@ def test_optimizer_state_has_the_size_that_each_method_promises(all_methods):
     kernels, pairs = 32 * 32 + 32 * 64, 2
     head = 2 * 32 + 2
     extra = records["lorapro-full"]["optimizer_state_bytes"] - 2 * 4 * (kernels + head)
-    assert 0 <= extra <= counters + 4 * pairs  # full mode may keep the gradient's size of a pair
+    assert 0 <= extra <= counters + 16 * pairs  # a few numbers of a pair beside its moments
 
 
 def test_the_lora_methods_train_adapters_and_head_only(all_methods):
@@ -209,7 +209,7 @@ def test_a_full_disk_stops_the_run_and_it_goes_on_afterwards(tmp_path, capsys, m
     assert (folder / "result.json").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_its_result_says_so(tmp_path, capsys):
+def test_a_loss_that_is_not_finite_stops_the_run_for_good(tmp_path, capsys, monkeypatch):
     flags = tiny(tmp_path, learning_rates="1e-3,1e38", checkpoint_every=1, train_examples=32)
     assert finetune.main(flags) == 1
     shown = capsys.readouterr()
@@ -222,16 +222,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_its_result_says_so(tmp_path
     assert len(result["losses"]) == result["steps"] == 2
     assert not (folder / "final.safetensors").exists()
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
-
-
-def test_a_run_that_diverged_is_not_made_again_and_still_fails(tmp_path, capsys, monkeypatch):
-    flags = tiny(tmp_path, learning_rates="1e38", checkpoint_every=0, train_examples=32)
-    assert finetune.main(flags) == 1
-    first = capsys.readouterr().err
+    # It is not made again, and still fails.
     monkeypatch.setattr(train, "train", None)
     assert finetune.main(flags) == 1
     again = capsys.readouterr()
-    assert again.err == first
+    assert again.err == shown.err
     assert "diverged, nothing to do" in again.out
 
 
@@ -401,6 +396,7 @@ def test_a_t5_is_fine_tuned_end_to_end(tmp_path):
     assert len(trained) == 2 * (2 * 6 + 2 * 10)  # of the encoder's and the decoder's linears
 
 
+@pytest.mark.slow
 def test_weights_of_a_t5_are_read_from_their_folder(tmp_path):
     model, folder = t5_tiny.load(None, rngs=nnx.Rngs(3)), tmp_path / "weights"
     t5_files.save(model, folder, t5_tiny.tokenizer())

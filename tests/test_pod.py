@@ -272,6 +272,9 @@ def trained(work, mode, batch, rate):
     return losses
 
 
+FEW = 16  # bytes a pair, on every chip: full mode keeps a few numbers of it beside the moments
+
+
 def abstract(fsdp, tensor):
     return AbstractMesh((fsdp, tensor), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
 
@@ -289,7 +292,7 @@ def test_every_chip_holds_its_share_of_llama3_8b(sizes):
     assert trainable == factors // 256 if not repeated else trainable <= factors // 32
     assert 0 <= state - 2 * trainable <= 64  # counts of steps
     full = pod_step.bytes_per_chip(steps["full"].args[1])
-    assert 0 <= full - 2 * 4 * linear // 256 <= 64 + 4 * 7 * 32  # a number a pair, on every chip
+    assert 0 <= full - 2 * 4 * linear // 256 <= 64 + FEW * 7 * 32
 
 
 @pytest.mark.parametrize("sizes", [(256, 1), (32, 8)])
@@ -305,7 +308,7 @@ def test_every_chip_holds_its_share_of_t5_3b(sizes):
     factors = 4 * 8 * sum((m + n) * count for m, n, count in linears)
     repeated = sizes[1] > 1  # a factor whose axis is its kernel's on fsdp
     assert trainable == factors // 256 if not repeated else trainable <= factors // 32
-    assert 0 <= state - 2 * 4 * kernels // 256 <= 64 + 4 * sum(count for *_, count in linears)
+    assert 0 <= state - 2 * 4 * kernels // 256 <= 64 + FEW * sum(count for *_, count in linears)
 
 
 def test_a_model_that_is_whole_on_every_chip_is_cut_nowhere():
@@ -314,7 +317,7 @@ def test_a_model_that_is_whole_on_every_chip_is_cut_nowhere():
     trainable, state, frozen, batch = map(pod_step.bytes_per_chip, step.args)
     assert (trainable, frozen) == (4 * 3_244_032, 4 * 222_903_552)
     moments = 8 * sum(m * n * k for m, n, k in linear_sizes(pod_t5.BASE))
-    assert 0 <= state - moments <= 64 + 4 * 192
+    assert 0 <= state - moments <= 64 + FEW * 192
     assert batch == 32 * (128 * 5 + pod_work.ANSWER * 5)
 
 
@@ -541,6 +544,6 @@ def test_the_command_compiles_for_a_slice_that_is_not_there(tmp_path):
         assert row["loops_counted_once"] == []
         assert row["flops"] > row["xla_once"]["flops"]
     assert 0 <= rows["lora"]["state_bytes"] - 2 * factors <= 64
-    assert 0 <= rows["full"]["state_bytes"] - moments <= 64 + 4 * 7 * c.layers
+    assert 0 <= rows["full"]["state_bytes"] - moments <= 64 + FEW * 7 * c.layers
     assert all(0 < row["update"]["flops"] < row["flops"] for row in rows.values())
     assert rows["sgd"]["update"]["flops"] < rows["lora"]["update"]["flops"]

@@ -138,6 +138,7 @@ def test_text_that_does_not_fill_a_batch_is_an_error():
         spans.span_batches(texts_of(np.arange(2, 100)), spans_of(32), 4, seed=0)
 
 
+@pytest.mark.slow
 @needs_tfds
 def test_no_text_of_a_validation_split_is_in_the_corpus(monkeypatch):
     monkeypatch.setattr(corpus, "GLUE", ("cola", "mrpc"))  # sst2 takes long and repeats nothing
@@ -196,6 +197,7 @@ def result_of(out):
     return checkpoint.read_result(out / pretrain.RUN)
 
 
+@pytest.mark.slow
 def test_the_folder_is_a_t5_that_fine_tunes(unbroken):
     model, tokenizer = t5_files.load(unbroken), t5_files.tokenizer(unbroken)
     assert tokenizer.get_vocab_size() == model.config.vocab_size <= 600
@@ -215,6 +217,7 @@ def test_the_folder_is_a_t5_that_fine_tunes(unbroken):
     assert str(unbroken) not in json.dumps(result)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(unbroken, tmp_path, monkeypatch):
     save, out = checkpoint.Checkpoints.save, tmp_path / "model"
     (out / pretrain.RUN).mkdir(parents=True)
@@ -239,6 +242,7 @@ def test_a_killed_run_goes_on_bit_for_bit(unbroken, tmp_path, monkeypatch):
     assert [line["loss"] for line in one["log"]] == [line["loss"] for line in other["log"]]
 
 
+@pytest.mark.slow
 def test_a_complete_run_is_only_reported(unbroken, capsys):
     before = (unbroken / "model.safetensors").stat().st_mtime_ns
     assert pretrain.main([*TINY, "--out", str(unbroken)]) == 0
@@ -246,6 +250,7 @@ def test_a_complete_run_is_only_reported(unbroken, capsys):
     assert (unbroken / "model.safetensors").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_configuration_is_refused(unbroken, capsys):
     assert pretrain.main([*TINY, "--seed", "1", "--out", str(unbroken)]) == 2
     assert "seed: 0 there, 1 asked for" in capsys.readouterr().err
@@ -320,6 +325,7 @@ def fine_tuned(weights, rate, seed, accuracy):
     }
 
 
+@pytest.mark.slow
 def test_the_report_says_what_the_model_is(unbroken, tmp_path):
     assert small_t5.section(tmp_path) is None
     folder = tmp_path / small_t5.FOLDER
@@ -360,6 +366,7 @@ def test_a_runs_command_is_read_as_the_run():
     assert config.runs(config.read(flags, "finetune")) == [run]
 
 
+@pytest.mark.slow
 def test_no_step_at_all_saves_the_random_model(tmp_path):
     flags = [*TINY, "--steps", "0", "--out", str(tmp_path)]
     assert pretrain.main(flags) == 0

@@ -72,6 +72,7 @@ def assert_equal_runs(mine: dict, truth: dict) -> None:
     assert mine["final"] == ends
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", FLAGS)
 def test_runs_trained_together_end_as_alone(both, method):
     mine, truth = map(records, both[:2])
@@ -84,6 +85,7 @@ def test_runs_trained_together_end_as_alone(both, method):
     assert len({json.dumps(record["losses"]) for record in together}) == 4
 
 
+@pytest.mark.slow
 def test_a_run_that_diverged_ends_there_and_its_neighbours_go_on(both):
     mine = records(both[0])
     for seed in (0, 1):
@@ -96,6 +98,7 @@ def test_a_run_that_diverged_ends_there_and_its_neighbours_go_on(both):
         assert "diverged" not in neighbour
 
 
+@pytest.mark.slow
 def test_the_seconds_are_those_of_all_runs_and_the_examples_those_of_one(both):
     for (method, rate, _), record in records(both[0]).items():
         if method == "lorapro-factored":
@@ -105,11 +108,13 @@ def test_the_seconds_are_those_of_all_runs_and_the_examples_those_of_one(both):
             assert set(record["seconds"]) == {"train", "compile", "evaluate"}
 
 
+@pytest.mark.slow
 def test_a_method_is_compiled_once_per_length(both):
     _, _, counts = both
     assert counts["jit(steps)"] == 2 + 1  # LoRA's two lengths; factored mode's one, of two groups
 
 
+@pytest.mark.slow
 def test_what_is_there_is_only_reported(both, capsys, monkeypatch):
     out = both[0]
     before = {path: path.read_bytes() for path in out.glob("*/*.json")}

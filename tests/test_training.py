@@ -29,7 +29,9 @@ from experiments import (
     train,
 )
 
-BOTH_MODELS = pytest.mark.parametrize("model", ["tiny", "t5-tiny"])
+BOTH_MODELS = pytest.mark.parametrize(
+    "model", ["tiny", pytest.param("t5-tiny", marks=pytest.mark.slow)]
+)
 NAME = "pydoc-tiny-lorapro-factored-lr0.01-seed0"
 FLAGS = {"methods": "lorapro-factored", "learning_rates": "1e-2", "checkpoint_every": 0}
 
