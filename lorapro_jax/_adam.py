@@ -316,11 +316,9 @@ def lorapro_adamw(
     check_between("weight_decay", weight_decay, 0.0, jnp.inf)
     common: Any = {"layout": layout, "require_pairs": require_pairs}
 
-    def half(count: Array) -> Any:
-        return (weight_decay(count) if callable(weight_decay) else weight_decay) / 2
-
+    half: Any = weight_decay / 2 if not callable(weight_decay) else lambda t: weight_decay(t) / 2
     decay = in_pairs(
-        optax.add_decayed_weights(half if callable(weight_decay) else weight_decay / 2, mask),
+        optax.add_decayed_weights(half, mask),
         optax.add_decayed_weights(weight_decay, mask),
         **common,
     )

@@ -5,8 +5,10 @@ R = [b; db] (2r, n). Two such steps have <L R, L' R'> = sum((Lᵀ L') ∘ (R R'�
 figure here costs O((m + n) r²): neither G nor any (m, n) array is formed.
 """
 
+import functools
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float
@@ -15,6 +17,7 @@ from lorapro_jax._checks import check_between, check_scale
 from lorapro_jax._groups import Scale, groups, over_batch, scale_of, stack, unstack
 from lorapro_jax._layouts import Layout, find_pairs, flatten
 from lorapro_jax._pairwise import aligned
+from lorapro_jax._retraction import RetractState
 from lorapro_jax._sharding import gram_left, gram_right
 from lorapro_jax._tangent import Factors, frames, tangent, to_factors
 
@@ -38,6 +41,7 @@ class PairDiagnostics(NamedTuple):
     norm_b: Float[Array, "*batch"]  # ||db||
     norm_step: Float[Array, "*batch"]  # ||J(da, db)||
     norm_target: Float[Array, "*batch"]  # ||g~||
+    bounded: Float[Array, "*batch"]  # share of the steps so far in which `retract`'s bound acted
 
 
 def diagnose(
@@ -46,6 +50,7 @@ def diagnose(
     scale: Scale,
     *,
     updates: Any = None,
+    state: Any = None,
     damping: float | Array = 1e-6,
     layout: Layout | None = None,
 ) -> dict[str, PairDiagnostics]:
@@ -58,6 +63,7 @@ def diagnose(
       scale: as in `lp.lorapro`.
       updates: what an optimizer is about to add to `params`. Its descent direction -updates is
         judged; by default LoRA-Pro's own step is, at the given damping.
+      state: the optimizer's state, for `bounded`, which is NaN without it.
       damping: as in `lp.lorapro`, for the default step. The target is not damped.
       layout: as in `lp.lorapro`.
 
@@ -85,19 +91,33 @@ def diagnose(
     pairs = find_pairs(paths, leaves, layout, require_pairs=True)
     values = aligned(paths, leaves, params)
     new = None if updates is None else aligned(paths, leaves, updates)
-    found = {}
-    for group in groups(pairs, values).values():
+    found, bounded = {}, _bounded(state)
+    for name, group in groups(pairs, values).items():
         a, b = stack(group, values)
         p = Factors(a, b, scale_of(group, scale, a))
         h = stack(group, leaves, gradients=True)
         taken = None if new is None else tuple(-x for x in stack(group, new))
-        figures = over_batch(lambda *of: _figures(*of, damping), group)(p, h, taken)
-        names = (pair.path for pair in group.pairs)
-        found |= zip(names, unstack(group, figures), strict=True)
+        share = bounded.get(name, jnp.full(group.batch, jnp.nan, group.dtype))
+        figures = over_batch(functools.partial(_figures, damping), group)(p, h, taken, share)
+        paths_of_group = (pair.path for pair in group.pairs)
+        found |= zip(paths_of_group, unstack(group, figures), strict=True)
     return {pair.path: found[pair.path] for pair in pairs}
 
 
-def _figures(p: Factors, h: Step, taken: Step | None, damping: Any) -> PairDiagnostics:
+def _bounded(state: Any) -> dict[str, Array]:
+    """{group: share of the steps in which the bound acted}."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, RetractState))
+    return {
+        name: acted / jnp.maximum(node.count, 1)
+        for node in nodes
+        if isinstance(node, RetractState)
+        for name, acted in node.bounded.items()
+    }
+
+
+def _figures(
+    damping: Any, p: Factors, h: Step, taken: Step | None, bounded: Array
+) -> PairDiagnostics:
     """The figures of one pair; of the projected gradient where no step is given."""
 
     def projected(damping: Any) -> Step:
@@ -118,6 +138,7 @@ def _figures(p: Factors, h: Step, taken: Step | None, damping: Any) -> PairDiagn
         jnp.sqrt(jnp.sum(step[1] ** 2)),
         norm_step,
         norm_target,
+        bounded,
     )
 
 

@@ -3,6 +3,7 @@
 Second moments are kept as their roots: squares of 1e30 and of 1e-30 have no place in float32.
 """
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -39,4 +40,6 @@ def mean_root(new: Array, old: Array, decay: Any) -> Array:
 
 def correction(decay: Any, count: Int[Array, ""], dtype: Any) -> Float[Array, ""]:
     """1 - decay^count, by which an average that started from 0 is too small."""
-    return -jnp.expm1(count.astype(dtype) * jnp.log(jnp.asarray(decay, dtype)))
+    known = isinstance(decay, int | float) and decay > 0  # then in double precision
+    log = math.log(decay) if known else jnp.log(jnp.asarray(decay, dtype))
+    return -jnp.expm1(count.astype(dtype) * log)

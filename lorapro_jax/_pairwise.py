@@ -69,9 +69,10 @@ def pairwise(
         paths, leaves, treedef = flatten(updates)
         values = aligned(paths, leaves, params)
         found, new, states = find(paths, values), list(leaves), {}
-        count = state.count + 1 if rule.state else jnp.ones((), jnp.int32)
+        count = jnp.zeros((), jnp.int32)
         if rule.state:
             _check_state(rule, state, found, values)
+            count = jnp.asarray(optax.safe_increment(state.count))
         for name, group in found.items():
             a, b = stack(group, values)
             p = Factors(a, b, scale_of(group, scale, a))
@@ -79,7 +80,7 @@ def pairwise(
             own = tuple(getattr(state, field)[name] for field in fields)
             step, states[name] = apply(_nameless(group), p, steps, own, count)
             write_steps(group, step, new)
-        fresh = _state(rule, optax.safe_increment(state.count), states) if rule.state else state
+        fresh = _state(rule, count, states) if rule.state else state
         return jax.tree.unflatten(treedef, new), fresh
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -148,7 +149,14 @@ def in_pairs(
         named = ["pairs" if i in inside else "others" for i in range(len(leaves))]
         return jax.tree.unflatten(treedef, named)
 
-    return optax.partition({"pairs": of_pairs, "others": of_others}, label)
+    split = optax.partition({"pairs": of_pairs, "others": of_others}, label)
+
+    def update(updates, state, params=None, **extra_args):
+        paths, leaves, treedef = flatten(updates)
+        params = jax.tree.unflatten(treedef, aligned(paths, leaves, params))
+        return split.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(split.init, update)
 
 
 def aligned(paths: list[str], leaves: list[Any], params: Any) -> list[Any]:

@@ -49,18 +49,14 @@ def check(config: Any, file: Any) -> None:
     if not isinstance(config, dict) or "peft_type" not in config:
         raise ValueError(f"{file} is no PEFT configuration: it has no peft_type")
     for key in ("peft_type", *config):  # the first says the most about what is wrong
-        value = config[key]
-        plain = _PLAIN.get(key, (value,) if key in _FREE or not value else ())
-        if value not in plain:
+        value, plain = config[key], _PLAIN.get(key, ())
+        if value not in plain if plain else value and key not in _FREE:
+            expected = f"; expected {' or '.join(map(repr, plain))}" if plain else ""
             raise ValueError(
                 f"{file}: {key} is {value!r}, which is not plain LoRA (W + scale B A) and cannot "
-                f"be read{_expected(key)}. Convert the adapter in PEFT first, or merge it there "
-                "into the base weights (merge_and_unload)"
+                f"be read{expected}. Convert the adapter in PEFT first, or merge it there into the "
+                "base weights (merge_and_unload)"
             )
-
-
-def _expected(key: str) -> str:
-    return f"; expected {' or '.join(map(repr, _PLAIN[key]))}" if key in _PLAIN else ""
 
 
 def settings(config: Mapping[str, Any], modules: Iterable[str], file: Any) -> dict[str, Setting]:
@@ -80,18 +76,17 @@ def settings(config: Mapping[str, Any], modules: Iterable[str], file: Any) -> di
             )
         rank = _lookup(ranks, module, config.get("r"))
         alpha = _lookup(alphas, module, config.get("lora_alpha"))
-        if not _is_number(rank) or not isinstance(rank, int):
+        if not _is_positive(rank) or not isinstance(rank, int):
             raise ValueError(f"{file}: the rank of {module} is {rank!r}, not a positive integer")
-        if not _is_number(alpha):
+        if not _is_positive(alpha):
             raise ValueError(f"{file}: the alpha of {module} is {alpha!r}, not a positive number")
         found[module] = Setting(rank, alpha / _divisor(rank, bool(config.get("use_rslora"))))
     return found
 
 
-def _is_number(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return math.isfinite(value) and value > 0
+def _is_positive(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and 0 < value < math.inf
 
 
 def _divisor(rank: int, rslora: bool) -> float:
@@ -126,9 +121,8 @@ def _targeted(targets: Any, module: str) -> bool:
         return True
     if isinstance(targets, str):
         return re.fullmatch(targets, module) is not None
-    if not isinstance(targets, list):
-        return False
-    return any(module == target or module.endswith(f".{target}") for target in targets)
+    names = targets if isinstance(targets, list) else []
+    return any(f".{module}".endswith(f".{name}") for name in names)
 
 
 def make(
@@ -167,8 +161,8 @@ def make(
 def _alpha(rank: int, scale: float, rslora: bool) -> float | int:
     """The alpha from which PEFT computes `scale`: an integer where that is exact, else a float.
 
-    Where the divisor is no power of two, about one scale in six has no exact alpha: the quotient
-    then differs in float64's last digit, and the product's neighbours do no better.
+    Where the divisor is no power of two, one scale in six has no exact alpha: the quotient then
+    differs in float64's last digit.
     """
     divisor = _divisor(rank, rslora)
     alpha = scale * divisor
@@ -176,19 +170,14 @@ def _alpha(rank: int, scale: float, rslora: bool) -> float | int:
 
 
 def _deviating(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """The modules whose value is not the default, under keys that match no other module.
+    """The modules whose value is not the default, under keys that match no other module."""
+    return {_key(module, values): value for module, value in values.items() if value != default}
 
-    The plain name where it is such a key, for older readers look it up; else anchored and escaped.
-    """
-    deviating = {module: value for module, value in values.items() if value != default}
 
-    def key(module: str) -> str:
-        anchored = "^" + re.escape(module)
-        try:
-            regex = _regex(module)
-        except re.error:
-            return anchored
-        matched = [other for other in values if regex.match(other)]
-        return module if matched == [module] else anchored
-
-    return {key(module): value for module, value in deviating.items()}
+def _key(module: str, modules: Iterable[str]) -> str:
+    """The plain name, which older readers look up, if it matches no other; else an exact regex."""
+    try:
+        plain = [other for other in modules if _regex(module).match(other)] == [module]
+    except re.error:
+        plain = False
+    return module if plain else "^" + re.escape(module)

@@ -6,17 +6,14 @@ makes one module of several entries.
 """
 
 import dataclasses
-import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-import jax
 import numpy as np
 
-from lorapro_jax import _layouts
 from lorapro_jax._layouts import Pair
-from lorapro_jax._paths import no_match_error
+from lorapro_jax._paths import check_matches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +24,10 @@ class Split:
 
     Args:
       names: the modules' name templates, in the order in which they lie along the axis.
-      axis: the axis of the leaf, as it is stored, that is divided; may be negative. A batch axis
-        gives each module an entry of its own, as where gate and up are stacked on one axis.
-      factor: whose axis. "b" divides the outputs, the usual case; "a" divides the inputs, as for
-        experts that share b.
+      axis: the axis of the stored leaf that is divided; may be negative. A batch axis gives each
+        module one entry, as where gate and up are stacked.
+      factor: whose axis. "b" divides the outputs, the usual case; "a" the inputs, as for experts
+        that share b.
       sizes: how much of the axis each module takes; None for equal parts.
 
     Example:
@@ -82,25 +79,19 @@ class Share(NamedTuple):
 
 def take(share: Share, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The module's A (r, in) and B (out, r) out of a pair's canonical factors."""
-    pairs = [
-        (a[i].reshape(-1, a.shape[-1]), b[j].reshape(b[j].shape[0], -1)) for i, j in share.slices
-    ]
-    if len(pairs) == 1:
-        return pairs[0][0].T, pairs[0][1].T
-    many_a, many_b = zip(*pairs, strict=True)
+    many_a = [a[i].reshape(-1, a.shape[-1]) for i, _ in share.slices]
+    many_b = [b[j].reshape(b[j].shape[0], -1) for _, j in share.slices]
     if share.diagonal == "a":
         return _diagonal(many_a).T, np.concatenate(many_b).T
     return np.concatenate(many_a, axis=1).T, _diagonal(many_b).T
 
 
 def _diagonal(blocks: Sequence[np.ndarray]) -> np.ndarray:
-    rows, columns = (sum(block.shape[axis] for block in blocks) for axis in (0, 1))
-    joined = np.zeros((rows, columns), blocks[0].dtype)
-    row = column = 0
-    for block in blocks:
-        joined[row : row + block.shape[0], column : column + block.shape[1]] = block
-        row, column = row + block.shape[0], column + block.shape[1]
-    return joined
+    """k matrices (m, n) on the diagonal of one (k m, k n)."""
+    k, (m, n) = len(blocks), blocks[0].shape
+    joined = np.zeros((k, m, k, n), blocks[0].dtype)
+    joined[range(k), :, range(k)] = blocks
+    return joined.reshape(k * m, k * n)
 
 
 def give(share: Share, A: np.ndarray, B: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -109,24 +100,16 @@ def give(share: Share, A: np.ndarray, B: np.ndarray) -> list[tuple[np.ndarray, n
     Raises:
       ValueError: joined entries were trained as one pair, whose blocks off the diagonal count.
     """
-    count = len(share.slices)
-    a, b = np.split(A.T, count, axis=1), np.split(B.T, count, axis=0)
-    inner, axis = (a, 0) if share.diagonal == "a" else (b, 1)
-    blocks = [np.split(x, count, axis=axis) for x in inner]
-    own = [row[i] for i, row in enumerate(blocks)]
-    if any(np.any(x) for i, row in enumerate(blocks) for j, x in enumerate(row) if i != j):
+    k, on_a = len(share.slices), share.diagonal == "a"
+    joined, row = (A.T, np.split(B.T, k)) if on_a else (B.T, np.split(A.T, k, axis=1))
+    m, n = joined.shape
+    blocks = joined.reshape(k, m // k, k, n // k)[range(k), :, range(k)]
+    if np.count_nonzero(blocks) != np.count_nonzero(joined):
         raise ValueError(
-            f"{share.module} was not made of {count} separate pairs: its lora_"
+            f"{share.module} was not made of {k} separate pairs: its lora_"
             f"{share.diagonal.upper()} is not block-diagonal. Load it without `like`"
         )
-    return list(zip(own, b, strict=True) if share.diagonal == "a" else zip(a, own, strict=True))
-
-
-def canonical_shapes(pair: Pair, leaves: Sequence[Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shapes that `_layouts.read` would return, for arrays and ShapeDtypeStructs alike."""
-    two = [jax.ShapeDtypeStruct(leaves[i].shape, leaves[i].dtype) for i in (pair.a, pair.b)]
-    a, b = jax.eval_shape(lambda *factors: _layouts.read(pair._replace(a=0, b=1), factors), *two)
-    return a.shape, b.shape
+    return list(zip(blocks, row, strict=True) if on_a else zip(row, blocks, strict=True))
 
 
 def plan(
@@ -139,9 +122,7 @@ def plan(
         pair, a template that cannot be filled in, a split that does not fit its axis, or one
         module that is named twice.
     """
-    for pattern in modules:
-        if not any(re.fullmatch(pattern, pair.path) for pair in pairs):
-            raise no_match_error("modules", pattern, [pair.path for pair in pairs])
+    check_matches("modules", modules, [pair.path for pair in pairs])
     planned = {pair.path: _shares(pair, leaves, modules) for pair in pairs}
     owners: dict[str, str] = {}
     for path, shares in planned.items():
@@ -160,22 +141,24 @@ def _shares(pair: Pair, leaves: Sequence[Any], modules: Mapping[str, Target]) ->
     match, target = _match(pair.path, modules)
     join = target if isinstance(target, Join) else None
     target = target.name if isinstance(target, Join) else target
-    sizes = [leaves[pair.a].shape[axis] for axis in pair.a_axes.batch]
-    named: list[tuple[str, tuple[tuple, tuple]]] = []
-    for index in itertools.product(*map(range, sizes)):
+    diagonal = join.factor if join else "b"
+    shares: list[Share] = []
+    for index in np.ndindex(*(leaves[pair.a].shape[axis] for axis in pair.a_axes.batch)):
         whole = not isinstance(target, Split)
-        parts = [(target, (), ())] if whole else _parts(pair, leaves, target, index)
-        for template, a, b in parts:
-            named.append((_name(template, match, index), ((*index, *a), (*index, *b))))
+        for template, a, b in [(target, (), ())] if whole else _parts(pair, leaves, target, index):
+            slices = ((*index, *a), (*index, *b))
+            shares.append(Share(_name(template, match, index), (slices,), diagonal))
     if join is None:
-        return [Share(name, (slices,), "b") for name, slices in named]
-    groups: dict[str, list[tuple[tuple, tuple]]] = {}
-    for name, slices in named:
-        groups.setdefault(name, []).append(slices)
-    return [Share(name, tuple(slices), join.factor) for name, slices in groups.items()]
+        return shares
+    joined: dict[str, Share] = {}
+    for share in shares:
+        before = joined[share.module].slices if share.module in joined else ()
+        joined[share.module] = share._replace(slices=before + share.slices)
+    return list(joined.values())
 
 
 def _match(path: str, modules: Mapping[str, Target]) -> tuple[re.Match, Target]:
+    """The one pattern that matches the pair's path, and its target."""
     matches = [(re.fullmatch(pattern, path), target) for pattern, target in modules.items()]
     found = [(match, target) for match, target in matches if match]
     if len(found) != 1:
@@ -206,36 +189,29 @@ def _parts(
     pair: Pair, leaves: Sequence[Any], split: Split, index: tuple[int, ...]
 ) -> list[tuple[str, tuple, tuple]]:
     """(template, slices of a, slices of b) of each module at one index of the batch axes."""
-    axes, leaf = {"a": (pair.a_axes, pair.a), "b": (pair.b_axes, pair.b)}[split.factor]
-    shape = leaves[leaf].shape
+    axes, leaf = (pair.a_axes, pair.a) if split.factor == "a" else (pair.b_axes, pair.b)
+    shape, count = leaves[leaf].shape, len(split.names)
     axis = split.axis + len(shape) if split.axis < 0 else split.axis
     if axis not in (*axes.batch, *axes.others):
         raise ValueError(
             f"{pair.path}: axis {split.axis} of {split.factor} cannot be split; of its "
             f"{len(shape)} axes these can: {sorted((*axes.batch, *axes.others))}"
         )
+    equal = (1 if axis in axes.batch else shape[axis] // max(count, 1),) * count
+    sizes = equal if split.sizes is None or axis in axes.batch else split.sizes
+    if len(sizes) != count or sum(sizes) != shape[axis] or min(sizes) < 1:
+        raise ValueError(
+            f"{pair.path}: axis {split.axis} of {split.factor} has size {shape[axis]}, which "
+            f"{'equal parts' if split.sizes is None else f'sizes={split.sizes}'} cannot divide "
+            f"among {count} modules; pass Split(..., sizes=(...))"
+        )
     if axis in axes.batch:  # both factors have it, and every entry is a whole pair
-        _sizes(pair.path, dataclasses.replace(split, sizes=(1,) * len(split.names)), shape[axis])
         return [(split.names[index[axes.batch.index(axis)]], (), ())]
     # The others follow the batch's indices in a, those and the rank in b.
     before = (slice(None),) * (axes.others.index(axis) + (split.factor == "b"))
     parts, start = [], 0
-    for name, size in zip(split.names, _sizes(pair.path, split, shape[axis]), strict=True):
+    for name, size in zip(split.names, sizes, strict=True):
         part = (*before, slice(start, start + size))
         parts.append((name, part, ()) if split.factor == "a" else (name, (), part))
         start += size
     return parts
-
-
-def _sizes(path: str, split: Split, size: int) -> tuple[int, ...]:
-    count = len(split.names)
-    sizes = split.sizes
-    if sizes is None and count and size % count == 0:
-        sizes = (size // count,) * count
-    if sizes is None or len(sizes) != count or sum(sizes) != size or min(sizes) < 1:
-        raise ValueError(
-            f"{path}: axis {split.axis} of {split.factor} has size {size}, which "
-            f"{'equal parts' if split.sizes is None else f'sizes={split.sizes}'} cannot divide "
-            f"among {count} modules; pass Split(..., sizes=(...))"
-        )
-    return sizes

@@ -23,13 +23,13 @@ from jaxtyping import Array, Float, Int
 from lorapro_jax._checks import check_between
 from lorapro_jax._groups import Group, Scale, factor_zeros, over_batch
 from lorapro_jax._layouts import Layout
-from lorapro_jax._moments import mean_root, unit
+from lorapro_jax._moments import mean_root, positive, unit
 from lorapro_jax._pairwise import Rule, pairwise
 from lorapro_jax._sharding import dot, gram_left, gram_right
 from lorapro_jax._small import inverse_cholesky
 from lorapro_jax._tangent import Factors, ridge
 
-_GROWTH, _DECAY = 2.0, 0.5  # of a step's size over the recent ones'; of their running mean
+_GROWTH, _DECAY = 1.5, 0.5  # of a step's size over the recent ones'; of their running mean
 
 
 class RetractState(NamedTuple):
@@ -93,7 +93,7 @@ def retract(
         if radius is not None:
             mean = jnp.maximum(jnp.trace(P), jnp.trace(Q)) / len(P)
             bound = jnp.maximum(_GROWTH * recent, radius * p.s * mean)
-            factor = bound / jnp.maximum(size, bound)
+            factor = bound / positive(jnp.maximum(size, bound))
         recent = mean_root(factor * size, recent, _DECAY)
         bounded = bounded + (factor < 1).astype(bounded.dtype)
         return fitted(p, P, Q, factor * step[0], factor * step[1], damping), (recent, bounded)
@@ -131,10 +131,11 @@ def fitted(
     damping: Any,
 ) -> tuple[Float[Array, "*m r"], Float[Array, "r *n"]]:
     """The (da, db) that moves the product by da b + a db, up to the fit."""
-    b_first, floor = jnp.trace(P) >= jnp.trace(Q), ridge(P, Q, damping)
+    b_first = jnp.trace(P) >= jnp.trace(Q)
     a, b = p.a + da, p.b + db
     new = jnp.where(b_first, gram_right(b, b), gram_left(a, a))
     mixed = jnp.where(b_first, gram_right(p.b, b), gram_left(p.a, a))
+    floor = jnp.maximum(ridge(P, Q, damping), ridge(new, new, damping))
     eye = jnp.eye(len(P), dtype=P.dtype)
     J = inverse_cholesky(new + floor * eye, floor)
     fit = dot(mixed + floor * eye, dot(J.T, J))

@@ -48,12 +48,12 @@ class Tangent(NamedTuple):
 
 
 def ridge(P: Float[Array, "r r"], Q: Float[Array, "r r"], damping: Any) -> Float[Array, ""]:
-    """λ = max(damping / r, eps) · max(tr P, tr Q); below eps it would be lost in rounding.
+    """λ = max(damping / r, 8 eps) · max(tr P, tr Q); a Gram's rounding errors are some eps tr P.
 
     Two factors of zeros have no size of their own: λ is that of a trace of 1.
     """
     trace, info = jnp.maximum(jnp.trace(P), jnp.trace(Q)), jnp.finfo(P.dtype)
-    relative = jnp.maximum(jnp.asarray(damping, P.dtype) / len(P), info.eps)
+    relative = jnp.maximum(jnp.asarray(damping, P.dtype) / len(P), 8 * info.eps)
     return relative * jnp.where(trace > 0, trace, 1)
 
 
