@@ -1,6 +1,20 @@
-"""The dense float64 truth: the whole gradient G, J as a matrix, pseudo-inverses. numpy only."""
+"""The dense truth in float64 numpy: J as a matrix, pseudo-inverses, each mode by its definition.
+
+Everything takes batches of pairs: a (..., m, r), b (..., r, n), G (..., m, n).
+"""
 
 import numpy as np
+
+
+def T(x):
+    return np.swapaxes(x, -1, -2)
+
+
+def norm(x):
+    """Frobenius norms of a batch of matrices, whatever size their entries have."""
+    largest = np.max(np.abs(x), axis=(-1, -2), initial=0, keepdims=True)
+    unit = x / np.where(largest > 0, largest, 1)
+    return largest[..., 0, 0] * np.sqrt(np.sum(unit * unit, axis=(-1, -2)))
 
 
 def pair(rng, m, r, n, rank_a=None, rank_b=None):
@@ -14,9 +28,16 @@ def pair(rng, m, r, n, rank_a=None, rank_b=None):
     return factor(m, r, rank_a), factor(r, n, rank_b), rng.normal(size=(m, n))
 
 
+def conditioned(rng, rows, cols, kappa):
+    """A matrix whose nonzero singular values go from 1 to 1/κ."""
+    k = min(rows, cols)
+    u, v = (np.linalg.qr(rng.normal(size=(size, k)))[0] for size in (rows, cols))
+    return (u * np.geomspace(1, 1 / kappa, k)) @ v.T
+
+
 def factor_gradients(a, b, G, s):
     """What autodiff gives: (s G bᵀ, s aᵀ G)."""
-    return s * G @ b.T, s * a.T @ G
+    return s * G @ T(b), s * T(a) @ G
 
 
 def jacobian(a, b, s):
@@ -28,32 +49,15 @@ def jacobian(a, b, s):
     return s * np.concatenate([left.reshape(m * n, m * r), right.reshape(m * n, r * n)], axis=1)
 
 
-def split(vector, a, b):
-    """The stacked vector of the two updates as (da, db)."""
-    return vector[: a.size].reshape(a.shape), vector[a.size :].reshape(b.shape)
-
-
-def damping_of(a, b, damping):
-    """λ: the relative damping in the units of the Grams."""
-    return damping * max(np.sum(a * a), np.sum(b * b)) / a.shape[1]
-
-
-def damped_solution(a, b, G, s, damping):
-    """(JᵀJ + mu I)⁻¹ Jᵀ G by a dense solve."""
-    J = jacobian(a, b, s)
-    mu = s**2 * damping_of(a, b, damping)
-    return split(np.linalg.solve(J.T @ J + mu * np.eye(J.shape[1]), J.T @ G.ravel()), a, b)
-
-
-def minimum_norm_solution(a, b, G, s):
-    """J⁺ G by a dense pseudo-inverse."""
-    return split(np.linalg.pinv(jacobian(a, b, s), rcond=1e-11) @ G.ravel(), a, b)
+def minimum_norm_solution(a, b, D, s):
+    """J⁺ D by a dense pseudo-inverse."""
+    z = np.linalg.pinv(jacobian(a, b, s), rcond=1e-11) @ D.ravel()
+    return z[: a.size].reshape(a.shape), z[a.size :].reshape(b.shape)
 
 
 def projection(a, b, G):
     """P_a G + G P_b - P_a G P_b, the part of G in the tangent space of a b."""
-    P_a = a @ np.linalg.pinv(a)
-    P_b = np.linalg.pinv(b) @ b
+    P_a, P_b = a @ np.linalg.pinv(a), np.linalg.pinv(b) @ b
     return P_a @ G + G @ P_b - P_a @ G @ P_b
 
 
@@ -67,6 +71,64 @@ def sylvester_minimiser(a, b, h_a, h_b, s):
     residual = h_a - a @ np.linalg.solve(P, a.T @ h_a)
     da = np.linalg.solve(Q, residual.T).T / s**2 - a @ X
     return da, db
+
+
+def step(a, b, da, db, s):
+    """J(da, db): the linear change of the product."""
+    return s * (da @ b + a @ db)
+
+
+def ridge(a, b, damping, eps):
+    """λ (..., 1, 1) of a pair, in a dtype whose rounding is `eps`."""
+    trace = np.maximum(np.sum(a * a, axis=(-1, -2)), np.sum(b * b, axis=(-1, -2)))
+    relative = max(damping / a.shape[-1], eps)
+    return relative * np.where(trace > 0, trace, 1)[..., None, None]
+
+
+class Damped:
+    """P_a = a (aᵀa + λ)⁻¹ aᵀ and P_b alike: projections but for the damping."""
+
+    def __init__(self, a, b, s, damping=1e-6, eps=2.0**-52):
+        self.a, self.b, self.s = a, b, s
+        self.floor = ridge(a, b, damping, eps)
+        eye = self.floor * np.eye(a.shape[-1])
+        self.P, self.Q = np.linalg.inv(T(a) @ a + eye), np.linalg.inv(b @ T(b) + eye)
+
+    def left(self, U):
+        return self.a @ (self.P @ (T(self.a) @ U))
+
+    def right(self, U):
+        return ((U @ T(self.b)) @ self.Q) @ self.b
+
+    def nearest(self, U):
+        """The tangent vector P_a U + U P_b - P_a U P_b."""
+        rest = U - self.right(U)
+        return U - rest + self.left(rest)
+
+    def of_gradients(self, h_a, h_b):
+        """The same of the G that h_a = s G bᵀ and h_b = s aᵀ G know, and its three parts."""
+        along_b = h_a @ self.Q @ self.b / self.s
+        along_a = self.a @ self.P @ h_b / self.s
+        core = self.right(along_a)
+        return along_b - core, core, along_a - core
+
+    def coordinates(self, U):
+        """Root mean square of U's tangent vector in coordinates of the frames."""
+        rest_a = (U - self.left(U)) @ T(self.b)
+        rest_b = T(self.a) @ (U - self.right(U))
+        core = T(self.a) @ U @ T(self.b)
+        squares = (
+            np.sum(rest_a @ self.Q * rest_a, axis=(-1, -2))
+            + np.sum(self.P @ rest_b * rest_b, axis=(-1, -2))
+            + np.sum(self.P @ core @ self.Q * core, axis=(-1, -2))
+        )
+        return np.sqrt(squares / (U.shape[-1] * U.shape[-2]))
+
+
+def clip(direction, size, threshold):
+    if threshold is None:
+        return direction
+    return direction * np.minimum(1, threshold / np.where(size > 0, size, 1))[..., None, None]
 
 
 class Adam:
@@ -84,20 +146,73 @@ class Adam:
         return m_hat / (np.sqrt(self.v / (1 - self.b2**self.t)) + self.eps)
 
 
-class Factored:
-    """Factored mode's direction, with T and v^ as (m, n) arrays, from the full gradient."""
+class Mode:
+    """The direction of a mode, dense, of each step's factors and their gradients."""
 
-    def __init__(self, shape, b1=0.9, b2=0.999, eps=1e-8):
-        self.T, self.row, self.col = np.zeros(shape), np.zeros(shape[0]), np.zeros(shape[1])
-        self.b1, self.b2, self.eps, self.t = b1, b2, eps, 0
+    def __init__(self, s, *, b1=0.9, b2=0.999, eps=1e-8, floor=0.01, clip=1.0, damping=1e-6,
+                 rounding=2.0**-52):  # fmt: skip
+        self.s, self.b1, self.b2, self.eps, self.floor = s, b1, b2, eps, floor
+        self.clip, self.damping, self.rounding, self.t, self.state = clip, damping, rounding, 0, ()
 
-    def __call__(self, a, b, G):
-        """The direction of the weight, a tangent vector at a b."""
+    def __call__(self, a, b, h_a, h_b):
         self.t += 1
-        g = projection(a, b, G)
-        self.row = self.b2 * self.row + (1 - self.b2) * np.mean(g**2, axis=1)
-        self.col = self.b2 * self.col + (1 - self.b2) * np.mean(g**2, axis=0)
-        self.T = self.b1 * projection(a, b, self.T) + (1 - self.b1) * g
-        row, col = (x / (1 - self.b2**self.t) + self.eps**2 for x in (self.row, self.col))
-        T, v_hat = self.T / (1 - self.b1**self.t), np.outer(row, col) / np.mean(row)
-        return projection(a, b, T / np.sqrt(v_hat))
+        f = Damped(a, b, self.s, self.damping, self.rounding)
+        U = self.unclipped(f, h_a, h_b)
+        return clip(f.nearest(U), f.coordinates(U), self.clip)
+
+    def average(self, now, decay):
+        """The exponential averages of the arrays `now`, and what makes them unbiased."""
+        old = self.state or [np.zeros_like(x) for x in now]
+        self.state = [d * x + (1 - d) * y for d, x, y in zip(decay, old, now, strict=True)]
+        return [x / (1 - d**self.t) for d, x in zip(decay, self.state, strict=True)]
+
+
+class Full(Mode):
+    """U = m^ / (sqrt(v^ + floor² size²) + eps), with size² the mean of g~² over entries, steps."""
+
+    def unclipped(self, f, h_a, h_b):
+        in_b, core, in_a = f.of_gradients(h_a, h_b)
+        G = in_b + core + in_a
+        size = norm_in_frames(f, h_a, h_b)
+        m, v, size = self.average([G, G * G, size**2], [self.b1, self.b2, self.b2])
+        return m / (np.sqrt(v + self.floor**2 * size[..., None, None]) + self.eps)
+
+
+class Factored(Mode):
+    """U = D_R T D_C / (size + eps): T of the averages of h_a and h_b, D of those of g~²'s means."""
+
+    def unclipped(self, f, h_a, h_b):
+        row, col = means_in_frames(f, h_a, h_b)
+        decay = [self.b1, self.b1, self.b2, self.b2]
+        mu_a, mu_b, row, col = self.average([h_a, h_b, row, col], decay)
+        mean = np.mean(row, axis=-1, keepdims=True)
+        left, right = (1 / np.sqrt(x / np.where(mean > 0, mean, 1) + self.floor**2)
+                       for x in (row, col))  # fmt: skip
+        U = left[..., :, None] * sum(f.of_gradients(mu_a, mu_b)) * right[..., None, :]
+        return U / (np.sqrt(mean)[..., None] + self.eps)
+
+
+MODES = {"full": Full, "factored": Factored}
+
+
+def means_in_frames(f, h_a, h_b):
+    """Row and column means of g~², each entry's square as of orthogonal parts."""
+    in_b, _, in_a = f.of_gradients(h_a, h_b)
+    m, n = in_b.shape[-2:]
+    row = np.sum(h_a @ f.Q * h_a, axis=-1) / f.s**2 + np.sum(in_a**2, axis=-1)
+    col = np.sum(f.P @ h_b * h_b, axis=-2) / f.s**2 + np.sum(in_b**2, axis=-2)
+    return row / n, col / m
+
+
+def norm_in_frames(f, h_a, h_b):
+    """Root mean square of g~ in coordinates of the frames."""
+    m, n = h_a.shape[-2], h_b.shape[-1]
+    core = h_b @ T(f.b) / f.s
+    in_a = h_a / f.s - f.a @ f.P @ core
+    in_b = h_b / f.s - core @ f.Q @ f.b
+    squares = (
+        np.sum(in_a @ f.Q * in_a, axis=(-1, -2))
+        + np.sum(f.P @ in_b * in_b, axis=(-1, -2))
+        + np.sum(f.P @ core @ f.Q * core, axis=(-1, -2))
+    )
+    return np.sqrt(squares / (m * n))
