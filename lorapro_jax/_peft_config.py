@@ -49,8 +49,9 @@ def check(config: Any, file: Any) -> None:
     if not isinstance(config, dict) or "peft_type" not in config:
         raise ValueError(f"{file} is no PEFT configuration: it has no peft_type")
     for key in ("peft_type", *config):  # the first says the most about what is wrong
-        value, plain = config[key], _PLAIN.get(key, ())
-        if value not in plain if plain else value and key not in _FREE:
+        value, plain = config[key], _PLAIN.get(key)
+        fine = value in plain if plain else key in _FREE or not value
+        if not fine:
             expected = f"; expected {' or '.join(map(repr, plain))}" if plain else ""
             raise ValueError(
                 f"{file}: {key} is {value!r}, which is not plain LoRA (W + scale B A) and cannot "
@@ -126,22 +127,16 @@ def _targeted(targets: Any, module: str) -> bool:
 
 
 def make(
-    found: Mapping[str, Setting],
-    *,
-    rslora: bool,
-    fan_in_fan_out: bool,
-    base_model: str | None,
-    task_type: str | None,
+    found: Mapping[str, Setting], *, rslora: bool, base_model: str | None, **options: Any
 ) -> dict[str, Any]:
-    """The configuration that gives every module its rank and scale."""
+    """The configuration that gives every module its rank and scale; `options` as they are."""
     ranks = {module: setting.rank for module, setting in found.items()}
     alphas = {module: _alpha(*setting, rslora) for module, setting in found.items()}
     rank, alpha = (Counter(x.values()).most_common(1)[0][0] for x in (ranks, alphas))
     return {
         "peft_type": "LORA",
-        "task_type": task_type,
         "base_model_name_or_path": base_model,
-        "inference_mode": True,
+        **options,
         "r": rank,
         "lora_alpha": alpha,
         "use_rslora": rslora,
@@ -149,7 +144,7 @@ def make(
         "alpha_pattern": _deviating(alphas, alpha),
         # Whole names: a short one could also match layers that have no adapter here.
         "target_modules": sorted(found),
-        "fan_in_fan_out": fan_in_fan_out,
+        "inference_mode": True,
         "lora_dropout": 0.0,
         "bias": "none",
         "use_dora": False,
@@ -177,7 +172,8 @@ def _deviating(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
 def _key(module: str, modules: Iterable[str]) -> str:
     """The plain name, which older readers look up, if it matches no other; else an exact regex."""
     try:
-        plain = [other for other in modules if _regex(module).match(other)] == [module]
+        regex = _regex(module)
     except re.error:
-        plain = False
-    return module if plain else "^" + re.escape(module)
+        return "^" + re.escape(module)
+    matched = [other for other in modules if regex.match(other)]
+    return module if matched == [module] else "^" + re.escape(module)

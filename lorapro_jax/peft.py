@@ -6,32 +6,22 @@ needed; the package safetensors is (`pip install "lorapro-jax[peft]"`). Nothing 
 
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
 from lorapro_jax import _layouts, _peft_config, _peft_files
-from lorapro_jax._checks import check_one_of, check_scale
+from lorapro_jax._checks import check_one_of
+from lorapro_jax._groups import Scale
 from lorapro_jax._layouts import Layout, Pair
+from lorapro_jax._paths import nest, scale_at
 from lorapro_jax._peft_files import Adapter
-from lorapro_jax._peft_modules import (
-    Join,
-    Share,
-    Split,
-    Target,
-    canonical_shapes,
-    give,
-    plan,
-    take,
-)
+from lorapro_jax._peft_modules import Join, Share, Split, Target, give, plan, take
 
 __all__ = ["Join", "Split", "load", "save"]
-
-Scale = float | int | Array | Callable[[str], Any]
 
 
 def save(
@@ -49,9 +39,8 @@ def save(
     """Writes every pair of `lora` as an adapter that `peft.PeftModel.from_pretrained` loads.
 
     K0 + s a b becomes W + (alpha / r) B A with A = aᵀ, B = bᵀ. Ranks and scales may differ between
-    pairs (rank_pattern, alpha_pattern); alpha is chosen so that PEFT computes s again, up to the
-    last digit of float64. The folder is made if need be; an older adapter in it is replaced, and
-    stays whole if the new one cannot be written.
+    pairs (rank_pattern, alpha_pattern); PEFT computes s again, up to the last digit of float64. An
+    older adapter in the folder is replaced, and stays whole if the new one cannot be written.
 
     Args:
       directory: the folder for adapter_model.safetensors and adapter_config.json.
@@ -93,27 +82,14 @@ def save(
     pairs = _layouts.find_pairs(paths, leaves, layout, require_pairs=True)
     if not pairs:
         raise ValueError("lora has no leaves, so there is no adapter to save; pass the parameters")
-    shares = plan(pairs, leaves, modules)
-    adapters = {}
+    shares, adapters = plan(pairs, leaves, modules), {}
     for pair in pairs:
-        s = _scale_at(scale, pair.path)
-        a, b = (np.asarray(factor) for factor in _layouts.read(pair, leaves))
+        s = float(scale_at(scale, pair.path))
+        a, b = map(np.asarray, _layouts.read(pair, leaves))
         for share in shares[pair.path]:
             adapters[share.module] = Adapter(*take(share, a, b), s)
-    _peft_files.write(
-        pathlib.Path(directory),
-        adapters,
-        rslora=rslora,
-        fan_in_fan_out=fan_in_fan_out,
-        base_model=base_model,
-        task_type=task_type,
-    )
-
-
-def _scale_at(scale: Scale, path: str) -> float:
-    value = scale(path) if callable(scale) else scale
-    check_scale(value, f"{path}: scale")
-    return float(value)
+    options = dict(base_model=base_model, task_type=task_type, fan_in_fan_out=fan_in_fan_out)
+    _peft_files.write(pathlib.Path(directory), adapters, rslora=rslora, **options)
 
 
 def load(
@@ -158,13 +134,14 @@ def load(
         raise ValueError("pass like= and modules= together, or neither of them")
     adapters = _peft_files.read(pathlib.Path(directory))
     if like is None:
-        scales = {module.replace(".", "/"): x.scale for module, x in adapters.items()}
-        return _nested(adapters), scales
+        by_path = {module.replace(".", "/"): adapter for module, adapter in adapters.items()}
+        a = {f"{path}/lora_a": jnp.asarray(adapter.A.T) for path, adapter in by_path.items()}
+        b = {f"{path}/lora_b": jnp.asarray(adapter.B.T) for path, adapter in by_path.items()}
+        return nest(a | b), {path: adapter.scale for path, adapter in by_path.items()}
     paths, leaves, treedef = _layouts.flatten(like)
     pairs = _layouts.find_pairs(paths, leaves, layout, require_pairs=True)
-    shares = plan(pairs, leaves, modules or {})
+    shares, scales = plan(pairs, leaves, modules or {}), {}
     _check_modules(directory, {s.module for found in shares.values() for s in found}, adapters)
-    scales = {}
     for pair in pairs:
         found = [(share, adapters[share.module]) for share in shares[pair.path]]
         scales[pair.path] = _common_scale(pair.path, found)
@@ -173,26 +150,14 @@ def load(
     return jax.tree.unflatten(treedef, leaves), scales
 
 
-def _nested(adapters: Mapping[str, Adapter]) -> dict:
-    tree: dict = {}
-    for module, adapter in adapters.items():
-        node = tree
-        for name in module.split("."):
-            node = node.setdefault(name, {})
-        node["lora_a"], node["lora_b"] = jnp.asarray(adapter.A.T), jnp.asarray(adapter.B.T)
-    return tree
-
-
 def _check_modules(directory, expected: set[str], adapters: Mapping[str, Adapter]) -> None:
-    for problem, names in (
-        ("has no adapter for", expected - adapters.keys()),
-        ("also adapts", adapters.keys() - expected),
-    ):
+    missing, further = expected - adapters.keys(), adapters.keys() - expected
+    for problem, names in (("has no adapter for", missing), ("also adapts", further)):
         if names:
             raise ValueError(
                 f"{directory} {problem} {len(names)} modules: {', '.join(sorted(names)[:3])}. "
-                "`like` and `modules` must cover exactly the adapter's modules; load it without "
-                "them to see what it holds"
+                "`like` and `modules` must cover exactly the adapter's; load it without them to "
+                "see what it holds"
             )
 
 
@@ -211,11 +176,13 @@ def _assemble(
     pair: Pair, leaves: Sequence[Any], found: Sequence[tuple[Share, Adapter]]
 ) -> tuple[np.ndarray, np.ndarray]:
     """The canonical factors of which each module holds its share; shared slices must agree."""
-    a_shape, b_shape = canonical_shapes(pair, leaves)
-    a, b = np.empty(a_shape, leaves[pair.a].dtype), np.empty(b_shape, leaves[pair.b].dtype)
+    a, b = (
+        np.empty([leaves[i].shape[k] for k in axes.order if k not in axes.summed], leaves[i].dtype)
+        for i, axes in ((pair.a, pair.a_axes), (pair.b, pair.b_axes))
+    )
     first: dict[str, tuple[str, np.ndarray]] = {}
     for share, adapter in found:
-        _check_fit(pair, share, adapter, *(part.shape for part in take(share, a, b)))
+        _check_fit(pair, share, adapter, *take(share, a, b))
         for indices, matrices in zip(share.slices, give(share, *adapter[:2]), strict=True):
             for name, factor, index, matrix in zip("ab", (a, b), indices, matrices, strict=True):
                 other, held = first.setdefault(f"{name} {index}", (share.module, matrix))
@@ -228,11 +195,12 @@ def _assemble(
     return a, b
 
 
-def _check_fit(pair: Pair, share: Share, adapter: Adapter, A_shape: tuple, B_shape: tuple) -> None:
-    if (adapter.A.shape, adapter.B.shape) != (A_shape, B_shape):
+def _check_fit(pair: Pair, share: Share, adapter: Adapter, A: np.ndarray, B: np.ndarray) -> None:
+    """Raises ValueError unless the adapter has the shapes of A and B, which `like` asks for."""
+    if (adapter.A.shape, adapter.B.shape) != (A.shape, B.shape):
         rank, joined = divmod(adapter.A.shape[0], len(share.slices))
         hint = f": make `like` with rank {rank}" if rank != pair.rank and not joined else ""
         raise ValueError(
-            f"{pair.path} does not fit {share.module}: `like` asks for lora_A {A_shape} and lora_B "
-            f"{B_shape}, the file has {adapter.A.shape} and {adapter.B.shape}{hint}"
+            f"{pair.path} does not fit {share.module}: `like` asks for lora_A {A.shape} and lora_B "
+            f"{B.shape}, the file has {adapter.A.shape} and {adapter.B.shape}{hint}"
         )
