@@ -9,18 +9,11 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 TASK_TYPES = (
     "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION",
 )  # fmt: skip
-
-
-class Setting(NamedTuple):
-    """What the configuration says of one module."""
-
-    rank: int
-    scale: float
 
 
 # The values of these that are plain LoRA; the other initialisations change the base weights.
@@ -54,19 +47,15 @@ def check(config: Any, file: Any) -> None:
         if not fine:
             expected = f"; expected {' or '.join(map(repr, plain))}" if plain else ""
             raise ValueError(
-                f"{file}: {key} is {value!r}, which is not plain LoRA (W + scale B A) and cannot "
-                f"be read{expected}. Convert the adapter in PEFT first, or merge it there into the "
-                "base weights (merge_and_unload)"
+                f"{file}: {key} is {value!r}, which is not plain LoRA (W + scale B A){expected}. "
+                "Convert the adapter in PEFT first, or merge it there (merge_and_unload)"
             )
 
 
-def settings(config: Mapping[str, Any], modules: Iterable[str], file: Any) -> dict[str, Setting]:
-    """{module: its rank and scale}.
-
-    Raises:
-      ValueError: a rank or an alpha is no positive number, a pattern is no regex, or a module is
-        not among target_modules, so that PEFT would leave it out.
-    """
+def settings(
+    config: Mapping[str, Any], modules: Iterable[str], file: Any
+) -> dict[str, tuple[int, float]]:
+    """{module: its rank and scale}; raises ValueError where PEFT could not use them."""
     ranks, alphas = (_patterns(config, key, file) for key in ("rank_pattern", "alpha_pattern"))
     found = {}
     for module in modules:
@@ -81,7 +70,7 @@ def settings(config: Mapping[str, Any], modules: Iterable[str], file: Any) -> di
             raise ValueError(f"{file}: the rank of {module} is {rank!r}, not a positive integer")
         if not _is_positive(alpha):
             raise ValueError(f"{file}: the alpha of {module} is {alpha!r}, not a positive number")
-        found[module] = Setting(rank, alpha / _divisor(rank, bool(config.get("use_rslora"))))
+        found[module] = rank, alpha / _divisor(rank, bool(config.get("use_rslora")))
     return found
 
 
@@ -110,11 +99,9 @@ def _patterns(config: Mapping[str, Any], name: str, file: Any) -> dict[str, tupl
 
 
 def _lookup(patterns: Mapping[str, tuple[re.Pattern, Any]], module: str, default: Any) -> Any:
-    for regex, value in patterns.values():
-        if regex.match(module):
-            return value
+    matched = (value for regex, value in patterns.values() if regex.match(module))
     # As PEFT does: a name that is no regex for itself still counts as a plain key.
-    return patterns[module][1] if module in patterns else default
+    return next(matched, patterns[module][1] if module in patterns else default)
 
 
 def _targeted(targets: Any, module: str) -> bool:
@@ -127,10 +114,10 @@ def _targeted(targets: Any, module: str) -> bool:
 
 
 def make(
-    found: Mapping[str, Setting], *, rslora: bool, base_model: str | None, **options: Any
+    found: Mapping[str, tuple[int, float]], *, rslora: bool, base_model: str | None, **options: Any
 ) -> dict[str, Any]:
     """The configuration that gives every module its rank and scale; `options` as they are."""
-    ranks = {module: setting.rank for module, setting in found.items()}
+    ranks = {module: rank for module, (rank, _) in found.items()}
     alphas = {module: _alpha(*setting, rslora) for module, setting in found.items()}
     rank, alpha = (Counter(x.values()).most_common(1)[0][0] for x in (ranks, alphas))
     return {
@@ -140,8 +127,8 @@ def make(
         "r": rank,
         "lora_alpha": alpha,
         "use_rslora": rslora,
-        "rank_pattern": _deviating(ranks, rank),
-        "alpha_pattern": _deviating(alphas, alpha),
+        "rank_pattern": {_key(x, found): ranks[x] for x in found if ranks[x] != rank},
+        "alpha_pattern": {_key(x, found): alphas[x] for x in found if alphas[x] != alpha},
         # Whole names: a short one could also match layers that have no adapter here.
         "target_modules": sorted(found),
         "inference_mode": True,
@@ -154,19 +141,12 @@ def make(
 
 
 def _alpha(rank: int, scale: float, rslora: bool) -> float | int:
-    """The alpha from which PEFT computes `scale`: an integer where that is exact, else a float.
+    """The alpha from which PEFT computes `scale`, an integer where that is exact.
 
-    Where the divisor is no power of two, one scale in six has no exact alpha: the quotient then
-    differs in float64's last digit.
+    Where the divisor is no power of two, one scale in six is off in float64's last digit.
     """
-    divisor = _divisor(rank, rslora)
-    alpha = scale * divisor
-    return round(alpha) if round(alpha) / divisor == scale else alpha
-
-
-def _deviating(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """The modules whose value is not the default, under keys that match no other module."""
-    return {_key(module, values): value for module, value in values.items() if value != default}
+    alpha = scale * _divisor(rank, rslora)
+    return round(alpha) if round(alpha) / _divisor(rank, rslora) == scale else alpha
 
 
 def _key(module: str, modules: Iterable[str]) -> str:

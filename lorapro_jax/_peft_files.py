@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorapro_jax import _peft_config
-from lorapro_jax._peft_config import Setting
 
 WEIGHTS, CONFIG, PICKLE = "adapter_model.safetensors", "adapter_config.json", "adapter_model.bin"
 
@@ -44,26 +43,20 @@ def _safetensors() -> ModuleType:
 
 
 def read(directory: pathlib.Path) -> dict[str, Adapter]:
-    """{module: adapter} of the adapter in `directory`.
-
-    Raises:
-      FileNotFoundError: a file of the two is missing.
-      ValueError: one of them is damaged, is not plain LoRA, or they contradict each other.
-    """
+    """{module: adapter}; raises where a file is missing, damaged, or contradicts the other."""
     config = _read_config(directory / CONFIG)
     factors = _factors(directory / WEIGHTS)
     found = _peft_config.settings(config, factors, directory / CONFIG)
-    adapters = {module: Adapter(*pair, found[module].scale) for module, pair in factors.items()}
+    adapters = {module: Adapter(*pair, found[module][1]) for module, pair in factors.items()}
     for module, adapter in adapters.items():
-        _check_shapes(f"{directory / WEIGHTS}: {module}", adapter, found[module].rank)
+        _check_shapes(f"{directory / WEIGHTS}: {module}", adapter, found[module][0])
     return adapters
 
 
 def _read_config(file: pathlib.Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(
-            f"{file} does not exist; pass the folder that PEFT's save_pretrained or lp.peft.save "
-            f"wrote, with {CONFIG} and {WEIGHTS} in it"
+            f"{file} does not exist; pass a folder of PEFT's save_pretrained or lp.peft.save"
         )
     try:
         config = json.loads(file.read_text("utf-8"))
@@ -80,9 +73,8 @@ def _factors(file: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         match = _TENSOR.fullmatch(name)
         if match is None:
             raise ValueError(
-                f"{file}: {name} is no factor of plain LoRA on a linear layer "
-                "(base_model.model.<module>.lora_A.weight or .lora_B.weight). Embeddings, biases, "
-                "DoRA's magnitudes and whole modules (modules_to_save) cannot be read"
+                f"{file}: {name} is no factor of plain LoRA on a linear layer, such as "
+                "base_model.model.<module>.lora_A.weight; nothing else can be read"
             )
         found.setdefault(match["module"], {})[match["factor"]] = tensor
     if not found:
@@ -97,9 +89,8 @@ def _read_tensors(file: pathlib.Path) -> dict[str, np.ndarray]:
     library = _safetensors()
     if (pickled := file.with_name(PICKLE)).exists() and not file.is_file():
         raise ValueError(
-            f"{pickled} is a pickle, which can run any code, so it is not opened. Convert it where "
-            "you trust it: load it in PEFT and save_pretrained(..., safe_serialization=True), "
-            f"which writes {WEIGHTS}"
+            f"{pickled} is a pickle, which can run any code, so it is not opened. Write {WEIGHTS} "
+            "from it where you trust it: in PEFT, save_pretrained(..., safe_serialization=True)"
         )
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; the adapter is incomplete: save it again")
@@ -114,14 +105,13 @@ def _read_tensors(file: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _check_shapes(where: str, adapter: Adapter, rank: int) -> None:
-    A, B, _ = adapter
+    A, B = adapter.A, adapter.B
     for name, factor in (("lora_A", A), ("lora_B", B)):
         if not jnp.issubdtype(factor.dtype, jnp.floating):
             raise ValueError(f"{where}.{name}.weight has dtype {factor.dtype}, no float")
     if A.ndim != 2 or B.ndim != 2:
         raise ValueError(
-            f"{where} has lora_A {A.shape} and lora_B {B.shape}; only linear layers can be read, "
-            "whose factors are matrices"
+            f"{where} has lora_A {A.shape} and lora_B {B.shape}; only linear layers can be read"
         )
     if A.shape[0] != rank or B.shape[1] != rank:
         turned = rank in (A.shape[1], B.shape[0]) and A.shape[1] == B.shape[0]
@@ -141,7 +131,7 @@ def write(directory: pathlib.Path, adapters: Mapping[str, Adapter], **options: A
     """
     found, tensors = {}, {}
     for module, (A, B, scale) in adapters.items():
-        found[module] = Setting(A.shape[0], scale)
+        found[module] = A.shape[0], scale
         for name, factor in (("lora_A", A), ("lora_B", B)):
             tensors[f"base_model.model.{module}.{name}.weight"] = np.ascontiguousarray(factor)
     text = json.dumps(_peft_config.make(found, **options), indent=2, allow_nan=False) + "\n"

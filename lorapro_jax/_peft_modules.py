@@ -73,8 +73,8 @@ class Share(NamedTuple):
     """One module's part of a pair; more than one slice only where entries are joined."""
 
     module: str
-    slices: tuple[tuple[tuple, tuple], ...]  # indices that leave a (*m, r) and b (r, *n)
-    diagonal: str  # the factor, "a" or "b", whose slices are joined on a diagonal
+    slices: list[tuple[tuple, tuple]]  # indices that leave a (*m, r) and b (r, *n)
+    diagonal: Literal["a", "b"] = "b"  # the factor whose slices are joined on a diagonal
 
 
 def take(share: Share, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -94,34 +94,10 @@ def _diagonal(blocks: Sequence[np.ndarray]) -> np.ndarray:
     return joined.reshape(k * m, k * n)
 
 
-def give(share: Share, A: np.ndarray, B: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The (m, r) and (r, n) of each slice, which `take` would make A and B of.
-
-    Raises:
-      ValueError: joined entries were trained as one pair, whose blocks off the diagonal count.
-    """
-    k, on_a = len(share.slices), share.diagonal == "a"
-    joined, row = (A.T, np.split(B.T, k)) if on_a else (B.T, np.split(A.T, k, axis=1))
-    m, n = joined.shape
-    blocks = joined.reshape(k, m // k, k, n // k)[range(k), :, range(k)]
-    if np.count_nonzero(blocks) != np.count_nonzero(joined):
-        raise ValueError(
-            f"{share.module} was not made of {k} separate pairs: its lora_"
-            f"{share.diagonal.upper()} is not block-diagonal. Load it without `like`"
-        )
-    return list(zip(blocks, row, strict=True) if on_a else zip(row, blocks, strict=True))
-
-
 def plan(
     pairs: Sequence[Pair], leaves: Sequence[Any], modules: Mapping[str, Target]
 ) -> dict[str, list[Share]]:
-    """{pair's path: its shares}.
-
-    Raises:
-      ValueError: a pair that no pattern matches or that two match, a pattern that matches no
-        pair, a template that cannot be filled in, a split that does not fit its axis, or one
-        module that is named twice.
-    """
+    """{pair's path: its shares}; raises ValueError unless every module has one share."""
     check_matches("modules", modules, [pair.path for pair in pairs])
     planned = {pair.path: _shares(pair, leaves, modules) for pair in pairs}
     owners: dict[str, str] = {}
@@ -130,45 +106,37 @@ def plan(
             if share.module in owners:
                 raise ValueError(
                     f"modules names {share.module} twice, for {owners[share.module]} and {path}; "
-                    "keep apart what differs: groups of the regex as \\1, the indices of the batch "
-                    "axes (stacked layers) as {0}, {1}. Heads that have a pair each take a Join"
+                    "keep them apart by the regex's groups, \\1, and the indices of the batch axes "
+                    "(stacked layers), {0}, {1}. Heads that have a pair each take a Join"
                 )
             owners[share.module] = path
     return planned
 
 
 def _shares(pair: Pair, leaves: Sequence[Any], modules: Mapping[str, Target]) -> list[Share]:
-    match, target = _match(pair.path, modules)
-    join = target if isinstance(target, Join) else None
-    target = target.name if isinstance(target, Join) else target
-    diagonal = join.factor if join else "b"
+    matches = [match for pattern in modules if (match := re.fullmatch(pattern, pair.path))]
+    hits = [match.re.pattern for match in matches]
+    if len(hits) != 1:
+        problem = f"is matched by {hits}; make them disjoint" if hits else "is matched by none"
+        raise ValueError(
+            f"modules must name the Hugging Face module of every pair: {pair.path} {problem}"
+        )
+    join, target = None, modules[hits[0]]
+    if isinstance(target, Join):
+        join, target = target, target.name
     shares: list[Share] = []
     for index in np.ndindex(*(leaves[pair.a].shape[axis] for axis in pair.a_axes.batch)):
         whole = not isinstance(target, Split)
         for template, a, b in [(target, (), ())] if whole else _parts(pair, leaves, target, index):
-            slices = ((*index, *a), (*index, *b))
-            shares.append(Share(_name(template, match, index), (slices,), diagonal))
+            module = _name(template, matches[0], index)
+            shares.append(Share(module, [((*index, *a), (*index, *b))]))
     if join is None:
         return shares
     joined: dict[str, Share] = {}
     for share in shares:
-        before = joined[share.module].slices if share.module in joined else ()
-        joined[share.module] = share._replace(slices=before + share.slices)
+        first = joined.setdefault(share.module, Share(share.module, [], join.factor))
+        first.slices.extend(share.slices)
     return list(joined.values())
-
-
-def _match(path: str, modules: Mapping[str, Target]) -> tuple[re.Match, Target]:
-    """The one pattern that matches the pair's path, and its target."""
-    matches = [(re.fullmatch(pattern, path), target) for pattern, target in modules.items()]
-    found = [(match, target) for match, target in matches if match]
-    if len(found) != 1:
-        hits = [match.re.pattern for match, _ in found]
-        problem = f"is matched by {hits}; make them disjoint" if hits else "is matched by none"
-        raise ValueError(
-            f"modules must name the Hugging Face module of every pair: {path} {problem} (whole "
-            "path, re.fullmatch)"
-        )
-    return found[0]
 
 
 def _name(template: str, match: re.Match, index: tuple[int, ...]) -> str:
@@ -177,8 +145,7 @@ def _name(template: str, match: re.Match, index: tuple[int, ...]) -> str:
     except (re.error, IndexError, KeyError, ValueError) as error:
         raise ValueError(
             f"modules: the name {template!r} cannot be filled in for {match.string} ({error}); "
-            f"its regex has {match.re.groups} groups (\\1, ...) and the pair {len(index)} batch "
-            "axes ({0}, ...)"
+            f"its regex has {match.re.groups} groups (\\1, ...), the pair {len(index)} batch axes"
         ) from error
     if not re.fullmatch(r"[^.\s]+(\.[^.\s]+)*", name):
         raise ValueError(f"modules: {match.string} becomes {name!r}, which is no module's name")

@@ -4,6 +4,7 @@
 needed; the package safetensors is (`pip install "lorapro-jax[peft]"`). Nothing is ever unpickled.
 """
 
+import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from lorapro_jax._groups import Scale
 from lorapro_jax._layouts import Layout, Pair
 from lorapro_jax._paths import nest, scale_at
 from lorapro_jax._peft_files import Adapter
-from lorapro_jax._peft_modules import Join, Share, Split, Target, give, plan, take
+from lorapro_jax._peft_modules import Join, Share, Split, Target, plan, take
 
 __all__ = ["Join", "Split", "load", "save"]
 
@@ -174,29 +175,36 @@ def _common_scale(path: str, found: Sequence[tuple[Share, Adapter]]) -> float:
 
 def _assemble(
     pair: Pair, leaves: Sequence[Any], found: Sequence[tuple[Share, Adapter]]
-) -> tuple[np.ndarray, np.ndarray]:
-    """The canonical factors of which each module holds its share; shared slices must agree."""
-    a, b = (
-        np.empty([leaves[i].shape[k] for k in axes.order if k not in axes.summed], leaves[i].dtype)
+) -> list[np.ndarray]:
+    """The canonical factors of which each module holds its share; what two share must agree."""
+    shapes = [
+        [leaves[i].shape[axis] for axis in axes.order if axis not in axes.summed]
         for i, axes in ((pair.a, pair.a_axes), (pair.b, pair.b_axes))
-    )
-    first: dict[str, tuple[str, np.ndarray]] = {}
-    for share, adapter in found:
-        _check_fit(pair, share, adapter, *take(share, a, b))
-        for indices, matrices in zip(share.slices, give(share, *adapter[:2]), strict=True):
-            for name, factor, index, matrix in zip("ab", (a, b), indices, matrices, strict=True):
-                other, held = first.setdefault(f"{name} {index}", (share.module, matrix))
-                if not np.array_equal(held, matrix, equal_nan=True):
-                    raise ValueError(
-                        f"{pair.path} has one {name} for {other} and {share.module}, but in the "
-                        "file theirs differ; load it into a tree with a pair for each module"
-                    )
-                factor[index] = matrix.reshape(factor[index].shape)
-    return a, b
+    ]
+    # The factors' entries numbered from 1: `take` then says where those of A and B belong.
+    numbers = [1 + np.arange(math.prod(shape)).reshape(shape) for shape in shapes]
+    parts = [(share.module, x, _places(pair, share, x, *numbers)) for share, x in found]
+    factors = []
+    for k, (name, shape) in enumerate(zip("ab", shapes, strict=True)):
+        entries = np.zeros(1 + math.prod(shape))
+        for _, adapter, places in parts:
+            entries[places[k]] = adapter[k]
+        for _, adapter, places in parts:
+            if not np.array_equal(entries[places[k]], adapter[k], equal_nan=True):
+                alike = (module for module, _, p in parts if np.array_equal(p[k], places[k]))
+                raise ValueError(
+                    f"{pair.path} has one {name} for {' and '.join(alike)}, but in the file theirs "
+                    "differ; load it into a tree with a pair for each module"
+                )
+        factors.append(entries[1:].reshape(shape))
+    return factors
 
 
-def _check_fit(pair: Pair, share: Share, adapter: Adapter, A: np.ndarray, B: np.ndarray) -> None:
-    """Raises ValueError unless the adapter has the shapes of A and B, which `like` asks for."""
+def _places(
+    pair: Pair, share: Share, adapter: Adapter, a: np.ndarray, b: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The number in a and b of each entry of A and B; 0 off a diagonal of joined blocks."""
+    A, B = take(share, a, b)
     if (adapter.A.shape, adapter.B.shape) != (A.shape, B.shape):
         rank, joined = divmod(adapter.A.shape[0], len(share.slices))
         hint = f": make `like` with rank {rank}" if rank != pair.rank and not joined else ""
@@ -204,3 +212,9 @@ def _check_fit(pair: Pair, share: Share, adapter: Adapter, A: np.ndarray, B: np.
             f"{pair.path} does not fit {share.module}: `like` asks for lora_A {A.shape} and lora_B "
             f"{B.shape}, the file has {adapter.A.shape} and {adapter.B.shape}{hint}"
         )
+    if np.any(adapter.A[A == 0]) or np.any(adapter.B[B == 0]):
+        raise ValueError(
+            f"{share.module} was not made of {len(share.slices)} separate pairs: its lora_"
+            f"{share.diagonal.upper()} is not block-diagonal. Load it without `like`"
+        )
+    return A, B
