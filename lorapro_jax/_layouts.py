@@ -19,8 +19,7 @@ class LoRADimensionNumbers:
     """Which axes of a pair's two leaves are the rank and the batch; the rest are m and n.
 
     Per batch index the pair is K = K0 + s a b: the axes of `a` that are neither rank nor batch
-    are the rows m, such axes of `b` the columns n. Axes may be negative. Nothing is inferred from
-    sizes.
+    are the rows m, such axes of `b` the columns n. Axes may be negative.
 
     Args:
       a_rank: the rank axis of `a`; None for the last axis that is not a batch axis.
@@ -32,7 +31,6 @@ class LoRADimensionNumbers:
 
     Example:
       Twelve scanned layers, a (12, 768, 8) and b (12, 8, 3072):
-
       >>> import lorapro_jax as lp
       >>> lp.LoRADimensionNumbers(a_batch=(0,), b_batch=(0,))
       LoRADimensionNumbers(a_rank=None, b_rank=None, a_batch=(0,), b_batch=(0,), b_sum=())
@@ -53,7 +51,7 @@ def unbatched(path: str, a_ndim: int, b_ndim: int) -> LoRADimensionNumbers | Non
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How to find pairs by path, and the axes of those that are not plain matrices.
+    """How to find pairs by path, and how the axes of their leaves lie.
 
     Args:
       a: regex that matches the whole path of a first factor; its group `pair` names the pair.
@@ -77,13 +75,6 @@ class Layout:
     def declare(self, dims: Mapping[str, LoRADimensionNumbers]) -> "Layout":
         """This layout with the dimension numbers of some pairs declared, the new ones first."""
         return dataclasses.replace(self, dims={**dims, **self.dims})
-
-    def role(self, path: str) -> tuple[str, str] | None:
-        """("a" or "b", the pair's name) of a leaf, or None where it is no factor."""
-        for role, pattern in (("a", self.a), ("b", self.b)):
-            if match := re.fullmatch(pattern, path):
-                return role, match["pair"]
-        return None
 
 
 # One node with leaves lora_a and lora_b (flax.nnx.LoRA, lorapro_jax), or siblings of the
@@ -129,18 +120,6 @@ def check_leaves(paths: Sequence[str], leaves: Sequence[Any]) -> None:
             )
 
 
-def _check_factor(path: str, leaf: Any) -> None:
-    """Raises ValueError for a factor whose step is not defined, or not in its dtype."""
-    check_leaves([path], [leaf])
-    if not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.dtype.itemsize < 2:
-        raise ValueError(
-            f"{path} is a LoRA factor of dtype {leaf.dtype}; LoRA-Pro trains bfloat16, float16, "
-            "float32 and float64: cast it"
-        )
-    if 0 in leaf.shape:
-        raise ValueError(f"{path} is a LoRA factor of shape {tuple(leaf.shape)}: an axis is empty")
-
-
 def _axes(path: str, name: str, ndim: int, dims: LoRADimensionNumbers) -> Axes:
     """The declared axes of one leaf, non-negative and complete."""
     if name == "a":
@@ -178,10 +157,9 @@ def _dims(path: str, a: Any, b: Any, layout: Layout) -> LoRADimensionNumbers:
         return inferred
     raise ValueError(
         f"{path} is ambiguous: a {tuple(a.shape)} and b {tuple(b.shape)} may be stacked layers, "
-        "heads or experts, or one matrix with several axes. Declare it, for layers on axis 0: "
-        f'layout=<yours, or lp.layouts.FLAX>.declare({{r"{re.escape(path)}": '
-        "lp.LoRADimensionNumbers(a_batch=(0,), b_batch=(0,))}), for one matrix: "
-        "lp.LoRADimensionNumbers()"
+        "heads or experts, or one matrix with several axes. Declare it: layout=<yours, or "
+        f'lp.layouts.FLAX>.declare({{r"{re.escape(path)}": lp.LoRADimensionNumbers(a_batch=(0,), '
+        "b_batch=(0,))}), for layers on axis 0, or lp.LoRADimensionNumbers(), for one matrix"
     )
 
 
@@ -194,8 +172,8 @@ def _make_pair(path: str, index: Mapping[str, int], leaves: Sequence[Any], layou
     if rank != b.shape[b_axes.rank] or a_batch != b_batch:
         raise ValueError(
             f"{path}: a {tuple(a.shape)} has rank {rank} and batch {a_batch}, b {tuple(b.shape)} "
-            f"has rank {b.shape[b_axes.rank]} and batch {b_batch}; they must agree. If the axes "
-            "lie otherwise, declare them: layout=<yours, or lp.layouts.FLAX>.declare({...})"
+            f"has rank {b.shape[b_axes.rank]} and batch {b_batch}; if the axes lie otherwise, "
+            "declare them: layout=<yours, or lp.layouts.FLAX>.declare({...})"
         )
     return Pair(path, index["a"], index["b"], a_axes, b_axes, rank)
 
@@ -209,15 +187,16 @@ def _by_name(paths: Sequence[str], layout: Layout) -> dict[str, dict[str, int]]:
     """{pair's name: {"a": leaf index, "b": leaf index}}, complete or an error."""
     found: dict[str, dict[str, int]] = {}
     for i, path in enumerate(paths):
-        if match := layout.role(path):
-            role, name = match
-            factors = found.setdefault(name, {})
-            if role in factors:
-                raise ValueError(
-                    f"{paths[factors[role]]} and {path} are both the {role} of one pair; "
-                    "pass a layout= whose group `pair` tells them apart"
-                )
-            factors[role] = i
+        for role, pattern in (("a", layout.a), ("b", layout.b)):
+            if match := re.fullmatch(pattern, path):
+                factors = found.setdefault(match["pair"], {})
+                if role in factors:
+                    raise ValueError(
+                        f"{paths[factors[role]]} and {path} are both the {role} of one pair; "
+                        "pass a layout= whose group `pair` tells them apart"
+                    )
+                factors[role] = i
+                break
     for name, factors in found.items():
         if len(factors) == 1:
             ((role, i),) = factors.items()
@@ -233,19 +212,18 @@ def _by_name(paths: Sequence[str], layout: Layout) -> dict[str, dict[str, int]]:
 def find_pairs(
     paths: Sequence[str], leaves: Sequence[Any], layout: Layout | None, *, require_pairs: bool
 ) -> tuple[Pair, ...]:
-    """The pairs of a flattened tree, sorted by path.
-
-    Raises:
-      ValueError: a factor without its partner, shapes that do not agree, axes that cannot be
-        told from the shapes, a leaf that cannot be trained, a declaration that matches no pair,
-        or no pair at all although the tree has leaves and `require_pairs` is set.
-    """
+    """The pairs of a flattened tree, sorted by path; raises ValueError where that is not clear."""
     layout = FLAX if layout is None else layout
     found = _by_name(paths, layout)
     pairs = [_make_pair(_path_of(name), index, leaves, layout) for name, index in found.items()]
-    for pair in pairs:
-        _check_factor(paths[pair.a], leaves[pair.a])
-        _check_factor(paths[pair.b], leaves[pair.b])
+    for i in sorted(factor_indices(pairs)):
+        check_leaves(paths[i : i + 1], leaves[i : i + 1])
+        dtype, shape = leaves[i].dtype, tuple(leaves[i].shape)
+        if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2 or 0 in shape:
+            raise ValueError(
+                f"{paths[i]} is a LoRA factor of dtype {dtype} and shape {shape}; LoRA-Pro trains "
+                "bfloat16, float16, float32 and float64 without empty axes"
+            )
     if require_pairs and leaves:
         if not pairs:
             raise ValueError(

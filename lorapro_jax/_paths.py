@@ -41,18 +41,12 @@ def scale_at(scale: Any, path: str) -> Any:
 
 
 def check_matches(what: str, patterns: Iterable[str], paths: Iterable[str]) -> None:
-    """Raises ValueError for a pattern that matches none of the paths."""
-    paths = list(paths)
+    """Raises ValueError for a pattern that matches none of the paths; names those nearest."""
+    paths = sorted(set(paths))
     for pattern in patterns:
         if not any(re.fullmatch(pattern, path) for path in paths):
-            raise no_match_error(what, pattern, paths)
-
-
-def no_match_error(what: str, pattern: str, candidates: Iterable[str]) -> ValueError:
-    """The error for a pattern that matches nothing: names it and the paths that come closest."""
-    paths = sorted(set(candidates))
-    near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.3) or paths[:3]
-    return ValueError(
-        f"{what} {pattern!r} matches none of {len(paths)} paths; it is compared with the whole "
-        f"path (re.fullmatch). Nearest: {', '.join(near) or 'there is none to match'}"
-    )
+            near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.3) or paths[:3]
+            raise ValueError(
+                f"{what} {pattern!r} matches none of {len(paths)} paths; it is compared with the "
+                f"whole path (re.fullmatch). Nearest: {', '.join(near) or 'there is none to match'}"
+            )

@@ -20,7 +20,7 @@ from lorapro_jax import _adapter
 from lorapro_jax._checks import check_rank
 from lorapro_jax._groups import Scale
 from lorapro_jax._layouts import flatten
-from lorapro_jax._paths import check_matches, nest, no_match_error, scale_at
+from lorapro_jax._paths import check_matches, nest, scale_at
 
 # The functions below flax's wrappers: intercepting these, and not subclasses' overrides or the
 # outer shell of a lifted transformation, adapts each linear map exactly once.
@@ -41,21 +41,18 @@ def _matrix_shape(shape: tuple[int, ...], inputs: int) -> tuple[int, int]:
 
 def _input_axes(path: str, shape: tuple[int, ...], declared: Mapping[str, int]) -> int:
     """How many leading axes of a kernel are inputs: one of two, or what the caller declares."""
-    found = [count for pattern, count in declared.items() if re.fullmatch(pattern, path)]
-    if len(set(found)) > 1:
-        raise ValueError(f"{path}: the patterns of input_axes disagree: {found}; leave one of them")
+    found = {count for pattern, count in declared.items() if re.fullmatch(pattern, path)}
+    where = f"{path}/kernel has shape {shape}"
+    if len(found) > 1:
+        raise ValueError(f"{path}: the patterns of input_axes disagree: {sorted(found)}")
     if not found and len(shape) != 2:
         raise ValueError(
-            f"{path}/kernel has shape {shape}: declare how many leading axes are inputs, "
-            f"input_axes={{{re.escape(path)!r}: 1}} or 2. A layer stacked by nn.scan or nn.vmap is "
-            "not supported: leave it out of targets"
+            f"{where}: declare how many leading axes are inputs, input_axes={{{re.escape(path)!r}: "
+            "1}} or 2. Leave layers stacked by nn.scan or nn.vmap out of targets"
         )
-    count = found[0] if found else 1
+    count = found.pop() if found else 1
     if not 0 < count < len(shape):
-        raise ValueError(
-            f"{path}/kernel has shape {shape}, and input_axes declares {count} input axes; at "
-            "least one axis must be an input and one an output"
-        )
+        raise ValueError(f"{where}, and input_axes declares {count} input axes of them")
     return count
 
 
@@ -70,8 +67,7 @@ def init_lora(
 ) -> dict:
     """The low-rank factors for every kernel whose module path matches: a random, b zero.
 
-    K + s a b, a (m, r) uniform in ±1/sqrt(m) (PEFT's kaiming-uniform with a = √5), b (r, n) = 0;
-    m is the product of the kernel's input axes, n of its output axes.
+    K + s a b, a (m, r) uniform in ±1/sqrt(m) (PEFT's kaiming-uniform with a = √5), b (r, n) = 0.
 
     Args:
       key: a PRNG key; each adapter's own key is folded from it and the path.
@@ -86,8 +82,7 @@ def init_lora(
       A dict, nested as `params` and pruned to the matches: {..., "query": {"lora_a", "lora_b"}}.
 
     Raises:
-      ValueError: no kernel matches, a kernel's input axes are not known, or a number is out of
-        range.
+      ValueError: no kernel matches, a kernel's inputs are not known, a number is out of range.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -131,8 +126,8 @@ def _adapted_call(next_call, inputs, module: Any, path: str, a: Array, b: Array)
     """The intercepted Dense with (x a) b added."""
     if getattr(module, "batch_dims", ()):
         raise ValueError(
-            f"{path} is an nn.DenseGeneral with batch_dims {module.batch_dims}: a kernel per batch "
-            "entry, not one matrix; leave it out of targets"
+            f"{path} has batch_dims {module.batch_dims}, a kernel for each batch entry: leave it "
+            "out of targets"
         )
     y = next_call(inputs)
     axis = getattr(module, "axis", -1)
@@ -141,10 +136,9 @@ def _adapted_call(next_call, inputs, module: Any, path: str, a: Array, b: Array)
     m, n = _matrix_shape(kernel.shape, len(axis))
     if (a.shape, b.shape) != ((m, *a.shape[-1:]), (*a.shape[-1:], n)):
         raise ValueError(
-            f"{path}: the kernel {kernel.shape} is a matrix {m, n}, so lora_a must be ({m}, r) and "
-            f"lora_b (r, {n}), but they are {a.shape} and {b.shape}; make them by init_lora on "
-            "these params, with input_axes as the layer contracts. Factors stacked for nn.scan are "
-            "not supported"
+            f"{path}: the kernel {kernel.shape} needs lora_a ({m}, r) and lora_b (r, {n}), which "
+            f"are {a.shape} and {b.shape}; make them by init_lora, with input_axes as the layer "
+            "contracts. Factors stacked for nn.scan are not supported"
         )
     x, a, b = module.promote_dtype(inputs, a, b, dtype=module.dtype)
     delta = _adapter.low_rank(_adapter.inputs_last(x, axis), a, b, module.precision)
@@ -171,17 +165,15 @@ def apply_with_lora(
       lora: the tree from `init_lora`; differentiate with respect to it.
       *args: as in module.apply.
       scale: s, a positive float (alpha / r), or a callable of the module path.
-      allow_unused: accept factors that no layer used in this call, as when `method` runs only a
-        part of the model.
-      **kwargs: as in module.apply, and the model's own (but for `scale` and `allow_unused`, which
-        do not reach it).
+      allow_unused: accept factors that no layer used, as when `method` runs a part of the model.
+      **kwargs: as in module.apply, and the model's own other than `scale` and `allow_unused`.
 
     Returns:
       What module.apply returns.
 
     Raises:
-      ValueError: an adapter was not used (it would silently not train), does not fit its kernel,
-        lacks a factor or belongs to a layer with batch_dims; or a scale is not positive.
+      ValueError: an adapter was not used, does not fit its kernel, lacks a factor or belongs to a
+        layer with batch_dims; a scale is not positive.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -214,9 +206,8 @@ def apply_with_lora(
     unused = sorted(pairs.keys() - used)
     if unused and not allow_unused:
         raise ValueError(
-            f"no nn.Dense or nn.DenseGeneral ran at {', '.join(unused)}: these adapters change "
-            "nothing and would not train; remove them, or pass allow_unused=True if this call runs "
-            "only a part of the model"
+            f"no nn.Dense or nn.DenseGeneral ran at {', '.join(unused)}: these adapters would not "
+            "train; remove them, or pass allow_unused=True if the call runs a part of the model"
         )
     return out
 
@@ -248,10 +239,9 @@ def merge_lora(params: Any, lora: Any, scale: Scale) -> Any:
       LoRA, arXiv:2106.09685, section 4.1: no additional inference latency.
     """
     paths, leaves, treedef = flatten(params)
-    kernels = _by_module(params, "kernel")
-    for path, (a, b) in _pairs(lora).items():
-        if path not in kernels:
-            raise no_match_error("the adapter's module path", path, kernels)
+    kernels, pairs = _by_module(params, "kernel"), _pairs(lora)
+    check_matches("the adapter's module path", map(re.escape, pairs), kernels)
+    for path, (a, b) in pairs.items():
         kernel = kernels[path]
         if kernel.size != a.shape[0] * b.shape[-1] or a.shape[-1] != b.shape[0]:
             raise ValueError(

@@ -12,7 +12,7 @@ from flax import nnx
 
 from lorapro_jax import _adapter
 from lorapro_jax._checks import check_positive, check_rank
-from lorapro_jax._paths import no_match_error
+from lorapro_jax._paths import check_matches
 
 
 def _adapted_call(module: Any, base_call, inputs, out_sharding):
@@ -33,7 +33,7 @@ class LoRALinear(nnx.Linear):
     lora_dropout: nnx.Dropout | None = None
 
     def __call__(self, inputs, out_sharding=None):
-        """The base layer's output, with s (x a) b added."""
+        """y = x (K + s a b) + bias."""
         return _adapted_call(self, super().__call__, inputs, out_sharding)
 
 
@@ -43,7 +43,7 @@ class LoRALinearGeneral(nnx.LinearGeneral):
     lora_dropout: nnx.Dropout | None = None
 
     def __call__(self, inputs, out_sharding=None):
-        """The base layer's output, with s (x a) b added."""
+        """y = x (K + s a b) + bias."""
         return _adapted_call(self, super().__call__, inputs, out_sharding)
 
 
@@ -58,20 +58,19 @@ def _modules(model: nnx.Module) -> dict[str, Any]:
 def _targets(model: nnx.Module, pattern: str) -> dict[str, Any]:
     """The modules to adapt, by path; raises if there is none or if one cannot be adapted."""
     modules = _modules(model)
-    matched = {path: module for path, module in modules.items() if re.fullmatch(pattern, path)}
-    for path, module in matched.items():
-        if type(module) in _BASE:
-            raise ValueError(f"{path} has an adapter already; merge_lora it before adding another")
-    found = {path: module for path, module in matched.items() if type(module) in _ADAPTED}
-    if matched and not found:
-        path, module = next(iter(matched.items()))
-        raise ValueError(
-            f"targets {pattern!r} matches no layer that can be adapted: {path!r} is a "
-            f"{type(module).__name__}; supported are exactly nnx.Linear and nnx.LinearGeneral"
-        )
-    if not found:
-        supported = [path for path, module in modules.items() if type(module) in _ADAPTED]
-        raise no_match_error("targets", pattern, supported)
+    supported = {path: module for path, module in modules.items() if type(module) in _ADAPTED}
+    found = {path: module for path, module in supported.items() if re.fullmatch(pattern, path)}
+    for path, module in modules.items():
+        if re.fullmatch(pattern, path):
+            if type(module) in _BASE:
+                raise ValueError(f"{path} has an adapter already; merge_lora it first")
+            if not found:
+                raise ValueError(
+                    f"targets {pattern!r} matches no layer that can be adapted: {path!r} is a "
+                    f"{type(module).__name__}; supported are exactly nnx.Linear and "
+                    "nnx.LinearGeneral"
+                )
+    check_matches("targets", [pattern], supported)
     return found
 
 
@@ -79,15 +78,15 @@ def _matrix_shape(path: str, module: Any) -> tuple[int, int]:
     """(m, n): the sizes of the kernel's input and output axes together."""
     if getattr(module, "batch_axis", None):
         raise ValueError(
-            f"{path} is an nnx.LinearGeneral with batch_axis {dict(module.batch_axis)}: a "
-            "kernel per batch entry, not one matrix; leave it out of targets"
+            f"{path} has batch_axis {dict(module.batch_axis)}, a kernel for each batch entry: "
+            "leave it out of targets"
         )
     general, shape = type(module) is nnx.LinearGeneral, module.kernel.shape
     inputs, outputs = (len(module.axis), len(module.out_features)) if general else (1, 1)
     if len(shape) != inputs + outputs:
         raise ValueError(
             f"{path}/kernel has shape {shape}, expected {inputs} input and {outputs} output axes; "
-            "a stacked layer (nnx.vmap) needs add_lora inside the function that vmap maps"
+            "call add_lora inside the function that nnx.vmap maps"
         )
     return math.prod(shape[:inputs]), math.prod(shape[inputs:])
 
@@ -116,16 +115,13 @@ def add_lora(
       alpha: s = alpha / r; positive.
       targets: regex, compared with the whole module path ("encoder/layers/0/attention/query").
       rslora: s = alpha / sqrt(r) instead.
-      dropout: rate in [0, 1) of a dropout on the adapter's input only. It follows model.train()
-        and model.eval().
-      dtype: of the factors; None is the kernel's, but at least float32. The layer computes in its
-        own dtype either way.
+      dropout: rate in [0, 1) on the adapter's input only; it follows model.train() and .eval().
+      dtype: of the factors; None is the kernel's, but at least float32.
       rngs: keys for a ("params") and for the dropout ("dropout").
 
     Raises:
-      ValueError: no module matches, none of the matches can be adapted, one has an adapter already,
-        a layer holds more than one matrix (batch axes, nnx.vmap), or a number is out of range. The
-        model is then unchanged.
+      ValueError: no match can be adapted, one has an adapter already, a layer holds more than one
+        matrix (batch axes, nnx.vmap), a number is out of range. The model is then unchanged.
 
     Example:
       >>> import jax, jax.numpy as jnp
