@@ -1,4 +1,4 @@
-"""Right after a badly conditioned start the loss falls, at rates where the undamped form jumps.
+"""Right after a badly conditioned start the loss falls, at rates where the paper's form jumps.
 
 The loss is ||s a b - T||² / 2, whose gradient in the weight is s a b - T: along a step D of the
 weight it falls if <T - s a b, D> > ||D||² / 2. Adam's step at rate t has the norm of about
@@ -12,7 +12,7 @@ square in each of da and db, this is about
     τ² / (2 s p √r e),   e = size + λ / size
 
 since da db is the product of an (m, r) and an (r, n) matrix without a preferred direction among r.
-It is 5 ||T|| for τ = 100 s p √r e, so the undamped form's loss must rise above the initial one. (In
+It is 5 ||T|| for τ = 100 s p √r e, so the paper's form's loss must rise above the initial one. (In
 full mode it rises to 10 to 70 times that at the sizes 1e-3 and 0.1, to more at r = 128, where b
 itself is nearly singular. At 1e-5 the damped g~ has hardly a share along b, Adam's direction has it
 by chance only, and it is 1.2 times or more.) The step in which one factor is fitted to the other
@@ -39,7 +39,7 @@ SIZES = [1e-5, 1e-3, 1e-1]
 RANKS = [4, 16, 64, 128]
 
 
-def problem(rank, size):
+def problem(rank, size, dtype=jnp.float64):
     """(a, b, T, rate) as in the module's docstring; T has the rank 2r, and noise."""
     rng = np.random.default_rng(rank)
     bound = M**-0.5
@@ -47,7 +47,8 @@ def problem(rank, size):
     b = size * rng.uniform(-bound, bound, (rank, N))
     T = rng.normal(size=(M, 2 * rank)) @ rng.normal(size=(2 * rank, N))
     T = T / np.linalg.norm(T) + 0.1 * rng.normal(size=(M, N)) / np.sqrt(M * N)
-    e = size + DAMPING / size if size else 1e-1
+    damping = max(DAMPING, 8 * rank * jnp.finfo(dtype).eps)  # no less than a Gram's rounding
+    e = size + damping / size if size else 1e-1
     step = 100 * SCALE * np.sqrt(rank) * e / 3
     return a, b, T * 10 * step / np.linalg.norm(T), step / np.sqrt(M * N)
 
@@ -77,6 +78,10 @@ def fitted(mode, rate):
     return lp.lorapro_adamw(rate, SCALE, mode=mode, damping=DAMPING)
 
 
+def unbounded(mode, rate):
+    return lp.lorapro_adamw(rate, SCALE, mode=mode, damping=DAMPING, radius=None)
+
+
 def added(mode, rate):
     """The paper's: both factors move."""
     direction = lp.scale_by_lorapro_adam(SCALE, mode=mode, damping=DAMPING)
@@ -92,7 +97,7 @@ def adapter_losses(make, mode, rank, dtype, sizes):
         params = {"q": {"lora_a": a, "lora_b": b}}
         return losses(make(mode, rate), params, product, T)
 
-    columns = zip(*(problem(rank, size) for size in sizes), strict=True)
+    columns = zip(*(problem(rank, size, dtype) for size in sizes), strict=True)
     return np.asarray(curve(*(jnp.asarray(np.stack(x), dtype) for x in columns)))
 
 
@@ -115,12 +120,9 @@ def test_the_rate_is_a_moderate_one(x64, rank):
 
 
 @pytest.mark.parametrize("mode", ["full", "factored"])
-@pytest.mark.parametrize("rank", [4, 64, 128])
+@pytest.mark.parametrize("rank", [4, 128])
 def test_the_loss_falls_where_the_sum_of_both_steps_jumps(x64, mode, rank):
-    """At least half as far as full fine-tuning's."""
-    curves = adapter_losses(fitted, mode, rank, jnp.float64, [0.0, *SIZES])
-    assert falls(curves)
-    assert np.all(1 - curves[:, -1] > (1 - full_fine_tuning(rank)[-1]) / 2)
+    assert falls(adapter_losses(fitted, mode, rank, jnp.float64, [0.0, *SIZES]))
     assert np.all(np.max(adapter_losses(added, mode, rank, jnp.float64, SIZES), axis=1) > 1)
 
 
@@ -128,3 +130,12 @@ def test_the_loss_falls_where_the_sum_of_both_steps_jumps(x64, mode, rank):
 def test_the_loss_falls_where_the_sum_of_both_steps_jumps_in_float32(mode):
     assert falls(adapter_losses(fitted, mode, 16, jnp.float32, [0.0, *SIZES]))
     assert np.all(np.max(adapter_losses(added, mode, 16, jnp.float32, SIZES), axis=1) > 1)
+
+
+@pytest.mark.parametrize("mode", ["full", "factored"])
+@pytest.mark.parametrize("rank", [4, 64])
+def test_fitting_one_factor_to_the_other_is_enough(x64, mode, rank):
+    """Without the bound the loss falls, too: at least half as far as full fine-tuning's."""
+    curves = adapter_losses(unbounded, mode, rank, jnp.float64, [0.0, *SIZES])
+    assert falls(curves)
+    assert np.all(1 - curves[:, -1] > (1 - full_fine_tuning(rank)[-1]) / 2)
