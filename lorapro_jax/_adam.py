@@ -4,8 +4,8 @@
     factored    v_ij = R_i C_j / mean(R), from averages of row and column means of g~² (Adafactor);
                 m is the tangent vector of the averages of (h_a, h_b): no (m, n) array
 
-The direction is the tangent vector nearest to U = m^ / (sqrt(v^) + eps). To v^ (to each of R and C,
-in factored mode) floor² of its mean is added: rounding errors beside large entries stay small.
+The direction is the tangent vector nearest to U = m^ / (sqrt(v^) + eps), where sqrt(v^) is at least
+`floor` times its mean: to v^ floor² of its mean is added, to R and C floor of theirs.
 """
 
 from collections.abc import Sequence
@@ -91,12 +91,12 @@ def factored_rule(numbers: Numbers) -> Rule:
         mu = mean(h[0], mu_a, b1), mean(h[1], mu_b, b1)
         *unit_mu, size = unit(*mu)
         all_g = root_mean_square(row)  # of all entries
-        left, right = (lax.rsqrt((x / positive(all_g)) ** 2 + floor**2) for x in (row, col))
+        left, right = (lax.rsqrt((x / positive(all_g)) ** 2 + floor) for x in (row, col))
         U = rescaled(f, tangent(f, *unit_mu), left, right)
         all_g = all_g / jnp.sqrt(correction(b2, count, dtype))
         U = times(U, size / correction(b1, count, dtype) / positive(all_g + eps))
         stored = mu[0].astype(mu_a.dtype), mu[1].astype(mu_b.dtype), row, col
-        return to_factors(f, clipped(U, clip)), stored
+        return to_factors(f, clipped(f, U, clip)), stored
 
     def update(group: Group, p: Factors, h: Step, state: tuple[Array, ...], count: Array):
         return over_batch(one, group, (0, 0, 0, None))(p, h, state, count)
@@ -124,7 +124,7 @@ def full_rule(numbers: Numbers) -> Rule:
         f = frames(p, damping)
         *unit_h, now = unit(*h)
         g = tangent(f, *unit_h)
-        return f, times(g, now), mean_root(now * g_size(g), size, b2)
+        return f, times(g, now), mean_root(now * root_mean_square_of(f, g), size, b2)
 
     def moments(f: Frames, g: Tangent, mu: Array, rms: Array, size: Array) -> tuple[Array, Array]:
         G, size = dense(f, g, mu), positive(size)
@@ -136,7 +136,7 @@ def full_rule(numbers: Numbers) -> Rule:
         root = jnp.sqrt(correction(b2, count, dtype))
         m = mu.astype(dtype) * (root / correction(b1, count, dtype) / size)
         U = m / positive(jnp.sqrt((rms / size) ** 2 + floor**2) + eps * root / size)
-        return to_factors(f, clipped(nearest(f, U), clip))
+        return to_factors(f, clipped(f, nearest(f, U), clip))
 
     def update(group: Group, p: Factors, h: Step, state: tuple[Array, ...], count: Array):
         mu, rms, size = state
@@ -169,17 +169,17 @@ def full_rule(numbers: Numbers) -> Rule:
     return Rule(update, FullState, init)
 
 
-def g_size(T: Tangent) -> Float[Array, ""]:
-    """The root mean square of T's entries."""
+def root_mean_square_of(f: Frames, T: Tangent) -> Float[Array, ""]:
+    """Of T's entries."""
     r = len(T.C)
-    return jnp.sqrt(squared_norm(T) / ((T.X.size // r) * (T.Y.size // r)))
+    return jnp.sqrt(squared_norm(f, T) / ((T.X.size // r) * (T.Y.size // r)))
 
 
-def clipped(T: Tangent, threshold: Any) -> Tangent:
+def clipped(f: Frames, T: Tangent, threshold: Any) -> Tangent:
     """T with a root mean square of `threshold` at most."""
     if threshold is None:
         return T
-    return times(T, jnp.minimum(1, threshold / positive(g_size(T))))
+    return times(T, jnp.minimum(1, threshold / positive(root_mean_square_of(f, T))))
 
 
 def scale_by_lorapro_adam(
@@ -210,9 +210,8 @@ def scale_by_lorapro_adam(
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the root of the second moment.
-      floor: least sqrt(v^), in units of its mean over the pair (rows and columns apart in factored
-        mode). Below, entries that are small beside the others stay small: those of inputs that
-        never occur are rounding errors. 0 is the paper's Adam.
+      floor: least sqrt(v^), in units of its mean over the pair. Entries far below the others stay
+        small: those of inputs that never occur are rounding errors. 0 is the paper's Adam.
       clipping_threshold: bound of the direction's root mean square, as in `optax.adafactor`: a step
         at a rate moves the (m, n) weight by at most threshold · rate · sqrt(m n). None: no bound.
       damping: as in `lorapro`.

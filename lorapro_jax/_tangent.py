@@ -86,9 +86,10 @@ def to_factors(f: Frames, T: Tangent) -> tuple[Float[Array, "*m r"], Float[Array
     return da, dot(f.S_a / f.s, T.Y + dot(C_b, f.B))
 
 
-def squared_norm(T: Tangent) -> Float[Array, ""]:
-    """||T||², a sum of squares."""
-    return sum((jnp.sum(part * part) for part in T), jnp.zeros((), T.C.dtype))
+def squared_norm(f: Frames, T: Tangent) -> Float[Array, ""]:
+    """||T||² as a sum of squares; up to 11% less where the damping acts."""
+    in_b = T.X + dot(f.A, T.C)
+    return jnp.sum(in_b * in_b) + jnp.sum(T.Y * T.Y)
 
 
 def times(T: Tangent, factor: Array) -> Tangent:
