@@ -146,7 +146,6 @@ def least_norm(
     """
     a, b, _ = p
     P, Q = gram_left(a, a), gram_right(b, b)
-    floor = ridge(P, Q, damping) / 2
-    eye = floor * jnp.eye(len(P), dtype=P.dtype)
-    Z = sylvester(P + eye, Q + eye, gram_right(db, b) - gram_left(a, da), floor)
+    damped = ridge(P, Q, damping) / 2 * jnp.eye(len(P), dtype=P.dtype)
+    Z = sylvester(P + damped, Q + damped, gram_right(db, b) - gram_left(a, da))
     return da + dot(a, Z), db - dot(Z, b)
