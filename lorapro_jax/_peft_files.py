@@ -1,26 +1,50 @@
 """The two files of a PEFT adapter: nothing is unpickled, and a write is whole or leaves no trace.
 
 adapter_model.safetensors holds base_model.model.<module>.lora_A.weight (r, in) and .lora_B.weight
-(out, r); adapter_config.json is described in _peft_config.
+(out, r). PEFT computes W x + scale B A x with scale = alpha / r, or alpha / sqrt(r) with rsLoRA;
+adapter_config.json has r and lora_alpha for every module but those that a key of rank_pattern or
+alpha_pattern matches: a regex for the end of the module's name, from any of its dots on; the first
+that matches counts.
 """
 
 import json
+import math
 import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from lorapro_jax import _peft_config
-
 WEIGHTS, CONFIG, PICKLE = "adapter_model.safetensors", "adapter_config.json", "adapter_model.bin"
 
+TASK_TYPES = (
+    "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION",
+)  # fmt: skip
+
 _TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+
+# The values of these that are plain LoRA; the other initialisations change the base weights.
+_PLAIN = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
+}
+
+# Read elsewhere, or without influence on what a trained adapter computes. fan_in_fan_out is about
+# the base weight's orientation (GPT-2's Conv1D): A and B lie the same way for both.
+_FREE = frozenset({
+    "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules",
+    "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "lora_dropout",
+    "inference_mode", "task_type", "auto_mapping", "base_model_name_or_path", "revision",
+    "peft_version", "runtime_config", "megatron_core", "qalora_group_size", "eva_config",
+    "corda_config", "loftq_config", "lora_ga_config", "velora_config",
+})  # fmt: skip
 
 
 class Adapter(NamedTuple):
@@ -45,31 +69,118 @@ def _safetensors() -> ModuleType:
 def read(directory: pathlib.Path) -> dict[str, Adapter]:
     """{module: adapter}; raises where a file is missing, damaged, or contradicts the other."""
     config = _read_config(directory / CONFIG)
-    factors = _factors(directory / WEIGHTS)
-    found = _peft_config.settings(config, factors, directory / CONFIG)
-    adapters = {module: Adapter(*pair, found[module][1]) for module, pair in factors.items()}
-    for module, adapter in adapters.items():
-        _check_shapes(f"{directory / WEIGHTS}: {module}", adapter, found[module][0])
+    tensors = _read_tensors(directory / WEIGHTS)
+    settings = _settings(config, tensors, directory / CONFIG)
+    adapters = {}
+    for module, (A, B) in tensors.items():
+        rank, scale = settings[module]
+        _check_shapes(f"{directory / WEIGHTS}: {module}", A, B, rank)
+        adapters[module] = Adapter(A, B, scale)
     return adapters
 
 
 def _read_config(file: pathlib.Path) -> dict[str, Any]:
+    """The configuration, which must be of plain LoRA: an option not known here must be off."""
     if not file.is_file():
-        raise FileNotFoundError(
-            f"{file} does not exist; pass a folder of PEFT's save_pretrained or lp.peft.save"
-        )
+        raise FileNotFoundError(f"{file} does not exist; pass the folder of a saved adapter")
     try:
         config = json.loads(file.read_text("utf-8"))
     except (ValueError, RecursionError) as error:  # of the decoding, of JSON, of endless nesting
         raise ValueError(f"{file} is not JSON, or cut short ({error}); save it again") from error
-    _peft_config.check(config, file)
+    if not isinstance(config, dict) or "peft_type" not in config:
+        raise ValueError(f"{file} is no PEFT configuration: it has no peft_type")
+    for key in ("peft_type", *config):  # the first says the most about what is wrong
+        value, plain = config[key], _PLAIN.get(key)
+        fine = value in plain if plain else key in _FREE or not value
+        if not fine:
+            expected = f"; expected {' or '.join(map(repr, plain))}" if plain else ""
+            raise ValueError(
+                f"{file}: {key} is {value!r}, which is not plain LoRA (W + scale B A){expected}. "
+                "Convert the adapter in PEFT first, or merge it there (merge_and_unload)"
+            )
     return config
 
 
-def _factors(file: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def _settings(
+    config: Mapping[str, Any], modules: Iterable[str], file: pathlib.Path
+) -> dict[str, tuple[int, float]]:
+    """{module: its rank and scale}."""
+    ranks = _values(config, "rank_pattern", config.get("r"), modules, file)
+    alphas = _values(config, "alpha_pattern", config.get("lora_alpha"), modules, file)
+    settings = {}
+    for module, rank in ranks.items():
+        alpha = alphas[module]
+        if not _targeted(config.get("target_modules"), module):
+            raise ValueError(
+                f"{file}: target_modules does not cover {module}, for which the adapter has "
+                "weights: PEFT would ignore them. The two files belong to different adapters"
+            )
+        if type(rank) is not int or rank < 1:
+            raise ValueError(f"{file}: the rank of {module} is {rank!r}, not a positive integer")
+        if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+            raise ValueError(f"{file}: the alpha of {module} is {alpha!r}, not a positive number")
+        settings[module] = rank, alpha / _divisor(rank, bool(config.get("use_rslora")))
+    return settings
+
+
+def _divisor(rank: int, rslora: bool) -> float:
+    return math.sqrt(rank) if rslora else float(rank)
+
+
+def _regex(key: str) -> re.Pattern:
+    return re.compile(rf"(.*\.)?({key})$")
+
+
+def _values(
+    config: Mapping[str, Any], name: str, default: Any, modules: Iterable[str], file: pathlib.Path
+) -> dict[str, Any]:
+    """{module: its value} by rank_pattern or alpha_pattern."""
+    entries = config.get(name) or {}
+    if not isinstance(entries, dict):
+        raise ValueError(f"{file}: {name} is {entries!r}, not an object")
+    try:
+        regexes = [(_regex(key), value) for key, value in entries.items()]
+    except re.error as error:
+        raise ValueError(f"{file}: a key of {name} is not a valid regex: {error}") from error
+    values = {}
+    for module in modules:
+        matched = (value for regex, value in regexes if regex.match(module))
+        # As PEFT does: a name that is no regex for itself still counts as a plain key.
+        values[module] = next(matched, entries.get(module, default))
+    return values
+
+
+def _targeted(targets: Any, module: str) -> bool:
+    if targets is None or targets == "all-linear":
+        return True
+    if isinstance(targets, str):
+        return re.fullmatch(targets, module) is not None
+    names = targets if isinstance(targets, list) else []
+    return any(f".{module}".endswith(f".{name}") for name in names)
+
+
+def _read_tensors(file: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """{module: (A, B)}; raises for anything else in the file."""
+    library = _safetensors()
+    if not file.is_file():
+        if (pickled := file.with_name(PICKLE)).exists():
+            raise ValueError(
+                f"{pickled} is a pickle, which can run any code, so it is not opened. Write "
+                f"{WEIGHTS} where you trust it: save_pretrained(..., safe_serialization=True)"
+            )
+        raise FileNotFoundError(f"{file} does not exist; the adapter is incomplete: save it again")
+    try:
+        with library.safe_open(file, "numpy") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (library.SafetensorError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file} ({file.stat().st_size} bytes) is damaged, cut short or no safetensors file "
+            f"({error}); copy or save it again"
+        ) from error
+    if not tensors:
+        raise ValueError(f"{file} holds no tensor; save the adapter again")
     found: dict[str, dict[str, np.ndarray]] = {}
-    for name, tensor in _read_tensors(file).items():
+    for name, tensor in tensors.items():
         match = _TENSOR.fullmatch(name)
         if match is None:
             raise ValueError(
@@ -77,80 +188,97 @@ def _factors(file: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
                 "base_model.model.<module>.lora_A.weight; nothing else can be read"
             )
         found.setdefault(match["module"], {})[match["factor"]] = tensor
-    if not found:
-        raise ValueError(f"{file} holds no tensor; save the adapter again")
-    for module, pair in found.items():
-        for missing in {"A", "B"} - pair.keys():
+    for module, factors in found.items():
+        for missing in {"A", "B"} - factors.keys():
             raise ValueError(f"{file}: {module} has no lora_{missing}.weight; save it again")
-    return {module: (pair["A"], pair["B"]) for module, pair in found.items()}
+    return {module: (factors["A"], factors["B"]) for module, factors in found.items()}
 
 
-def _read_tensors(file: pathlib.Path) -> dict[str, np.ndarray]:
-    library = _safetensors()
-    if (pickled := file.with_name(PICKLE)).exists() and not file.is_file():
-        raise ValueError(
-            f"{pickled} is a pickle, which can run any code, so it is not opened. Write {WEIGHTS} "
-            "from it where you trust it: in PEFT, save_pretrained(..., safe_serialization=True)"
-        )
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist; the adapter is incomplete: save it again")
-    try:
-        with library.safe_open(file, "numpy") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (library.SafetensorError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{file} ({file.stat().st_size} bytes) is damaged, cut short or no safetensors file "
-            f"({error}); copy or save it again"
-        ) from error
-
-
-def _check_shapes(where: str, adapter: Adapter, rank: int) -> None:
-    A, B = adapter.A, adapter.B
+def _check_shapes(where: str, A: np.ndarray, B: np.ndarray, rank: int) -> None:
     for name, factor in (("lora_A", A), ("lora_B", B)):
         if not jnp.issubdtype(factor.dtype, jnp.floating):
             raise ValueError(f"{where}.{name}.weight has dtype {factor.dtype}, no float")
+    shapes = f"lora_A {A.shape} and lora_B {B.shape}"
     if A.ndim != 2 or B.ndim != 2:
-        raise ValueError(
-            f"{where} has lora_A {A.shape} and lora_B {B.shape}; only linear layers can be read"
-        )
+        raise ValueError(f"{where} has {shapes}; only linear layers can be read")
     if A.shape[0] != rank or B.shape[1] != rank:
         turned = rank in (A.shape[1], B.shape[0]) and A.shape[1] == B.shape[0]
+        hint = "they lie transposed, as (in, r) and (r, out): " if turned else ""
         raise ValueError(
-            f"{where} has rank {rank} by {CONFIG}, so lora_A must be ({rank}, in) and lora_B "
+            f"{where} has rank {rank} by {CONFIG}; {hint}expected lora_A ({rank}, in) and lora_B "
             f"(out, {rank}), but they are {A.shape} and {B.shape}"
-            + ("; they lie transposed, as (in, r) and (r, out)" if turned else "")
         )
 
 
-def write(directory: pathlib.Path, adapters: Mapping[str, Adapter], **options: Any) -> None:
-    """Writes both files; `options` are _peft_config.make's.
+def write(
+    directory: pathlib.Path, adapters: Mapping[str, Adapter], *, rslora: bool, **options: Any
+) -> None:
+    """Writes both files; `options` go into the configuration as they are.
 
     A crash or a full disk leaves the old adapter, the new one, or, while both files are swapped,
     one without its configuration, which no reader takes for an adapter. A killed process may leave
     a folder .partial-*, which may be deleted.
     """
-    found, tensors = {}, {}
-    for module, (A, B, scale) in adapters.items():
-        found[module] = A.shape[0], scale
-        for name, factor in (("lora_A", A), ("lora_B", B)):
-            tensors[f"base_model.model.{module}.{name}.weight"] = np.ascontiguousarray(factor)
-    text = json.dumps(_peft_config.make(found, **options), indent=2, allow_nan=False) + "\n"
+    text = json.dumps(_config(adapters, rslora) | options, indent=2, allow_nan=False) + "\n"
+    tensors = {
+        f"base_model.model.{module}.{name}.weight": np.ascontiguousarray(factor)
+        for module, (A, B, _) in adapters.items()
+        for name, factor in (("lora_A", A), ("lora_B", B))
+    }
     weights = _safetensors().numpy.save(tensors, {"format": "pt"})
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=directory) as folder:
-        new = pathlib.Path(folder)
-        _write_durably(new / WEIGHTS, weights)
-        _write_durably(new / CONFIG, text.encode())
+        for name, data in ((WEIGHTS, weights), (CONFIG, text.encode())):
+            with open(pathlib.Path(folder, name), "wb") as opened:
+                opened.write(data)
+                opened.flush()
+                os.fsync(opened.fileno())
         config = directory / CONFIG
-        # old weights never stand beside a new configuration, nor new ones beside an old one
-        if not config.exists() or config.read_bytes() != text.encode():
-            config.unlink(missing_ok=True)
-        os.replace(new / WEIGHTS, directory / WEIGHTS)
-        os.replace(new / CONFIG, config)
+        # the weights of one adapter never stand beside another configuration
+        if config.exists() and config.read_bytes() != text.encode():
+            config.unlink()
+        for name in (WEIGHTS, CONFIG):
+            os.replace(pathlib.Path(folder, name), directory / name)
 
 
-def _write_durably(file: pathlib.Path, data: bytes) -> None:
-    with open(file, "wb") as opened:
-        opened.write(data)
-        opened.flush()
-        os.fsync(opened.fileno())
+def _config(adapters: Mapping[str, Adapter], rslora: bool) -> dict[str, Any]:
+    """The configuration that gives every module its rank and scale."""
+    ranks = {module: adapter.A.shape[0] for module, adapter in adapters.items()}
+    alphas = {module: _alpha(ranks[module], x.scale, rslora) for module, x in adapters.items()}
+    rank, alpha = (Counter(x.values()).most_common(1)[0][0] for x in (ranks, alphas))
+    return {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": alpha,
+        "use_rslora": rslora,
+        "rank_pattern": {_key(x, ranks): ranks[x] for x in ranks if ranks[x] != rank},
+        "alpha_pattern": {_key(x, ranks): alphas[x] for x in ranks if alphas[x] != alpha},
+        # Whole names: a short one could also match layers that have no adapter here.
+        "target_modules": sorted(ranks),
+        "inference_mode": True,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_dora": False,
+        "modules_to_save": None,
+        "init_lora_weights": True,
+    }
+
+
+def _alpha(rank: int, scale: float, rslora: bool) -> float | int:
+    """The alpha from which PEFT computes `scale`, an integer where that is exact.
+
+    Where the divisor is no power of two, one scale in six is off in float64's last digit.
+    """
+    divisor = _divisor(rank, rslora)
+    alpha = scale * divisor
+    return round(alpha) if round(alpha) / divisor == scale else alpha
+
+
+def _key(module: str, modules: Iterable[str]) -> str:
+    """The plain name, which older readers look up, if it matches no other; else an exact regex."""
+    try:
+        regex = _regex(module)
+    except re.error:
+        return "^" + re.escape(module)
+    matched = [other for other in modules if regex.match(other)]
+    return module if matched == [module] else "^" + re.escape(module)

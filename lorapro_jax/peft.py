@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorapro_jax import _layouts, _peft_config, _peft_files
+from lorapro_jax import _layouts, _peft_files
 from lorapro_jax._checks import check_one_of
 from lorapro_jax._groups import Scale
 from lorapro_jax._layouts import Layout, Pair
@@ -53,19 +53,18 @@ def save(
         are one module (heads with a pair each) a `Join`.
       layout: how pairs are named and lie; `lp.layouts.FLAX` by default.
       base_model: what base_model_name_or_path shall say, such as "google-bert/bert-base-uncased".
-      task_type: PEFT's, such as "CAUSAL_LM". It decides which PeftModel is made; the heads that
-        "SEQ_CLS" and "TOKEN_CLS" train too are not in these files.
+      task_type: PEFT's, such as "CAUSAL_LM". A classifier's head is not in these files.
       rslora: write use_rslora, so that alpha is s √r instead of s r. Same numbers either way.
       fan_in_fan_out: write it, for base models of Conv1D layers (GPT-2). A and B do not change.
 
     Raises:
-      ValueError: a pair that is incomplete or ambiguous, that `modules` does not cover, or two for
-        one module; a pattern that matches nothing; a scale that is not positive.
+      ValueError: a pair that is incomplete, ambiguous or not in `modules`, or two for one module; a
+        pattern that matches nothing; a scale that is not positive.
       OSError: the files cannot be written.
       ImportError: safetensors is not installed.
 
     Example:
-      >>> import jax.numpy as jnp, lorapro_jax as lp, pathlib, tempfile
+      >>> import jax.numpy as jnp, lorapro_jax as lp, tempfile
       >>> lora = {"layers_0": {"query": {"lora_a": jnp.ones((4, 2)), "lora_b": jnp.ones((2, 6))}}}
       >>> modules = {r"layers_(\\d+)/query": r"encoder.layer.\\1.attention.self.query"}
       >>> with tempfile.TemporaryDirectory() as folder:
@@ -78,7 +77,7 @@ def save(
       LoRA, arXiv:2106.09685, section 4.1; rsLoRA, arXiv:2312.03732, theorem 3.2.
     """
     if task_type is not None:
-        check_one_of("task_type", task_type, _peft_config.TASK_TYPES)
+        check_one_of("task_type", task_type, _peft_files.TASK_TYPES)
     paths, leaves, _ = _layouts.flatten(lora)
     pairs = _layouts.find_pairs(paths, leaves, layout, require_pairs=True)
     if not pairs:
@@ -89,8 +88,14 @@ def save(
         a, b = map(np.asarray, _layouts.read(pair, leaves))
         for share in shares[pair.path]:
             adapters[share.module] = Adapter(*take(share, a, b), s)
-    options = dict(base_model=base_model, task_type=task_type, fan_in_fan_out=fan_in_fan_out)
-    _peft_files.write(pathlib.Path(directory), adapters, rslora=rslora, **options)
+    _peft_files.write(
+        pathlib.Path(directory),
+        adapters,
+        rslora=rslora,
+        fan_in_fan_out=fan_in_fan_out,
+        base_model_name_or_path=base_model,
+        task_type=task_type,
+    )
 
 
 def load(
@@ -118,8 +123,8 @@ def load(
 
     Raises:
       FileNotFoundError: a file of the two is missing.
-      ValueError: a file is damaged or a pickle, holds something else than plain LoRA on linear
-        layers (DoRA, biases, embeddings, ...), contradicts the other file, or does not fit `like`.
+      ValueError: a file is damaged or a pickle, holds other than plain LoRA on linear layers (DoRA,
+        biases, embeddings, ...), contradicts the other file, or does not fit `like`.
       ImportError: safetensors is not installed.
 
     Example:
@@ -145,9 +150,15 @@ def load(
     _check_modules(directory, {s.module for found in shares.values() for s in found}, adapters)
     for pair in pairs:
         found = [(share, adapters[share.module]) for share in shares[pair.path]]
-        scales[pair.path] = _common_scale(pair.path, found)
-        a, b = _assemble(pair, leaves, found)
-        _layouts.write(pair, jnp.asarray(a), jnp.asarray(b), leaves)
+        by_scale = {adapter.scale: share.module for share, adapter in found}
+        if len(by_scale) > 1:
+            named = ", ".join(f"{module} {s}" for s, module in by_scale.items())
+            raise ValueError(
+                f"{pair.path} has one scale for all its modules, but theirs differ: {named}; load "
+                "the adapter without `like`, or into a tree with a pair for each"
+            )
+        (scales[pair.path],) = by_scale
+        _layouts.write(pair, *map(jnp.asarray, _assemble(pair, leaves, found)), leaves)
     return jax.tree.unflatten(treedef, leaves), scales
 
 
@@ -156,21 +167,9 @@ def _check_modules(directory, expected: set[str], adapters: Mapping[str, Adapter
     for problem, names in (("has no adapter for", missing), ("also adapts", further)):
         if names:
             raise ValueError(
-                f"{directory} {problem} {len(names)} modules: {', '.join(sorted(names)[:3])}. "
-                "`like` and `modules` must cover exactly the adapter's; load it without them to "
-                "see what it holds"
+                f"{directory} {problem} {len(names)} modules: {', '.join(sorted(names)[:3])}; load "
+                "it without `like` and `modules`, which must cover them all, to see what it holds"
             )
-
-
-def _common_scale(path: str, found: Sequence[tuple[Share, Adapter]]) -> float:
-    by_scale = {adapter.scale: share.module for share, adapter in found}
-    if len(by_scale) > 1:
-        raise ValueError(
-            f"{path} has one scale for all its modules, but theirs differ: "
-            f"{', '.join(f'{module} {scale}' for scale, module in by_scale.items())}; load the "
-            "adapter without `like`, or into a tree with a pair for each"
-        )
-    return next(iter(by_scale))
 
 
 def _assemble(
