@@ -17,20 +17,14 @@ def norm(x):
     return largest[..., 0, 0] * np.sqrt(np.sum(unit * unit, axis=(-1, -2)))
 
 
-def pair(rng, m, r, n, rank_a=None, rank_b=None):
-    """Random factors and a full gradient; `rank_a` or `rank_b` below r makes them deficient."""
-
-    def factor(rows, cols, rank):
-        if rank is None:
-            return rng.normal(size=(rows, cols))
-        return rng.normal(size=(rows, rank)) @ rng.normal(size=(rank, cols)) / np.sqrt(max(rank, 1))
-
-    return factor(m, r, rank_a), factor(r, n, rank_b), rng.normal(size=(m, n))
+def pair(rng, m, r, n):
+    """Random factors and a full gradient."""
+    return rng.normal(size=(m, r)), rng.normal(size=(r, n)), rng.normal(size=(m, n))
 
 
-def conditioned(rng, rows, cols, kappa):
-    """A matrix whose nonzero singular values go from 1 to 1/κ."""
-    k = min(rows, cols)
+def conditioned(rng, rows, cols, kappa, rank=None):
+    """A matrix whose nonzero singular values, `rank` of them or all, go from 1 to 1/κ."""
+    k = min(rows, cols) if rank is None else rank
     u, v = (np.linalg.qr(rng.normal(size=(size, k)))[0] for size in (rows, cols))
     return (u * np.geomspace(1, 1 / kappa, k)) @ v.T
 
@@ -53,6 +47,15 @@ def minimum_norm_solution(a, b, D, s):
     """J⁺ D by a dense pseudo-inverse."""
     z = np.linalg.pinv(jacobian(a, b, s), rcond=1e-11) @ D.ravel()
     return z[: a.size].reshape(a.shape), z[a.size :].reshape(b.shape)
+
+
+def least_of_family(a, b, da, db):
+    """The least of all (da + a Z, db - Z b), by dense least squares for Z."""
+    r = a.shape[1]
+    move = np.concatenate([np.kron(a, np.eye(r)), -np.kron(np.eye(r), b.T)])
+    Z = np.linalg.lstsq(move, -np.concatenate([da.ravel(), db.ravel()]), rcond=1e-11)[0]
+    Z = Z.reshape(r, r)
+    return da + a @ Z, db - Z @ b
 
 
 def projection(a, b, G):
@@ -81,7 +84,7 @@ def step(a, b, da, db, s):
 def ridge(a, b, damping, eps):
     """λ (..., 1, 1) of a pair, in a dtype whose rounding is `eps`."""
     trace = np.maximum(np.sum(a * a, axis=(-1, -2)), np.sum(b * b, axis=(-1, -2)))
-    relative = max(damping / a.shape[-1], eps)
+    relative = max(damping / a.shape[-1], 8 * eps)
     return relative * np.where(trace > 0, trace, 1)[..., None, None]
 
 
@@ -112,17 +115,25 @@ class Damped:
         core = self.right(along_a)
         return along_b - core, core, along_a - core
 
-    def coordinates(self, U):
-        """Root mean square of U's tangent vector in coordinates of the frames."""
-        rest_a = (U - self.left(U)) @ T(self.b)
-        rest_b = T(self.a) @ (U - self.right(U))
-        core = T(self.a) @ U @ T(self.b)
-        squares = (
-            np.sum(rest_a @ self.Q * rest_a, axis=(-1, -2))
-            + np.sum(self.P @ rest_b * rest_b, axis=(-1, -2))
-            + np.sum(self.P @ core @ self.Q * core, axis=(-1, -2))
+    def size(self, U):
+        """Root mean square of U's tangent vector, in coordinates of the frames."""
+        return self.size_of_gradients(self.s * U @ T(self.b), self.s * T(self.a) @ U)
+
+    def size_of_gradients(self, h_a, h_b):
+        """The same of the G that the factors' gradients know."""
+        rest = h_b - self.right(h_b)
+        squares = np.sum(h_a @ self.Q * h_a, axis=(-1, -2)) + np.sum(
+            self.P @ rest * rest, axis=(-1, -2)
         )
-        return np.sqrt(squares / (U.shape[-1] * U.shape[-2]))
+        return np.sqrt(squares / (h_a.shape[-2] * h_b.shape[-1])) / self.s
+
+    def means_of_squares(self, h_a, h_b):
+        """Row and column means of g~², in coordinates of the frames."""
+        in_b, _, in_a = self.of_gradients(h_a, h_b)
+        m, n = in_b.shape[-2:]
+        row = np.sum(h_a @ self.Q * h_a, axis=-1) / self.s**2 + np.sum(in_a**2, axis=-1)
+        col = np.sum(self.P @ h_b * h_b, axis=-2) / self.s**2 + np.sum(in_b**2, axis=-2)
+        return row / n, col / m
 
 
 def clip(direction, size, threshold):
@@ -158,7 +169,7 @@ class Mode:
         self.t += 1
         f = Damped(a, b, self.s, self.damping, self.rounding)
         U = self.unclipped(f, h_a, h_b)
-        return clip(f.nearest(U), f.coordinates(U), self.clip)
+        return clip(f.nearest(U), f.size(U), self.clip)
 
     def average(self, now, decay):
         """The exponential averages of the arrays `now`, and what makes them unbiased."""
@@ -173,7 +184,7 @@ class Full(Mode):
     def unclipped(self, f, h_a, h_b):
         in_b, core, in_a = f.of_gradients(h_a, h_b)
         G = in_b + core + in_a
-        size = norm_in_frames(f, h_a, h_b)
+        size = f.size_of_gradients(h_a, h_b)
         m, v, size = self.average([G, G * G, size**2], [self.b1, self.b2, self.b2])
         return m / (np.sqrt(v + self.floor**2 * size[..., None, None]) + self.eps)
 
@@ -182,37 +193,14 @@ class Factored(Mode):
     """U = D_R T D_C / (size + eps): T of the averages of h_a and h_b, D of those of g~²'s means."""
 
     def unclipped(self, f, h_a, h_b):
-        row, col = means_in_frames(f, h_a, h_b)
+        row, col = f.means_of_squares(h_a, h_b)
         decay = [self.b1, self.b1, self.b2, self.b2]
         mu_a, mu_b, row, col = self.average([h_a, h_b, row, col], decay)
         mean = np.mean(row, axis=-1, keepdims=True)
-        left, right = (1 / np.sqrt(x / np.where(mean > 0, mean, 1) + self.floor**2)
+        left, right = (1 / np.sqrt(x / np.where(mean > 0, mean, 1) + self.floor)
                        for x in (row, col))  # fmt: skip
         U = left[..., :, None] * sum(f.of_gradients(mu_a, mu_b)) * right[..., None, :]
         return U / (np.sqrt(mean)[..., None] + self.eps)
 
 
 MODES = {"full": Full, "factored": Factored}
-
-
-def means_in_frames(f, h_a, h_b):
-    """Row and column means of g~², each entry's square as of orthogonal parts."""
-    in_b, _, in_a = f.of_gradients(h_a, h_b)
-    m, n = in_b.shape[-2:]
-    row = np.sum(h_a @ f.Q * h_a, axis=-1) / f.s**2 + np.sum(in_a**2, axis=-1)
-    col = np.sum(f.P @ h_b * h_b, axis=-2) / f.s**2 + np.sum(in_b**2, axis=-2)
-    return row / n, col / m
-
-
-def norm_in_frames(f, h_a, h_b):
-    """Root mean square of g~ in coordinates of the frames."""
-    m, n = h_a.shape[-2], h_b.shape[-1]
-    core = h_b @ T(f.b) / f.s
-    in_a = h_a / f.s - f.a @ f.P @ core
-    in_b = h_b / f.s - core @ f.Q @ f.b
-    squares = (
-        np.sum(in_a @ f.Q * in_a, axis=(-1, -2))
-        + np.sum(f.P @ in_b * in_b, axis=(-1, -2))
-        + np.sum(f.P @ core @ f.Q * core, axis=(-1, -2))
-    )
-    return np.sqrt(squares / (m * n))
