@@ -45,7 +45,6 @@ class LoRADimensionNumbers:
 
 def unbatched(path: str, a_ndim: int, b_ndim: int) -> LoRADimensionNumbers | None:
     """The rule of most layouts: where one leaf is a matrix, no axis can be a batch axis."""
-    del path
     return LoRADimensionNumbers() if 2 in (a_ndim, b_ndim) else None
 
 
@@ -57,9 +56,8 @@ class Layout:
       a: regex that matches the whole path of a first factor; its group `pair` names the pair.
       b: the same for the second factor; two leaves with the same `pair` belong together.
       dims: {regex of the pair's path: LoRADimensionNumbers}, for what `infer` cannot tell.
-      infer: (path, number of a's axes, of b's) -> LoRADimensionNumbers, or None where they could
-        be more than one thing. By default one leaf must be a matrix, (m, r) or (r, n): then no
-        axis of the other is a batch axis.
+      infer: (path, number of a's axes, of b's) -> LoRADimensionNumbers, or None if ambiguous. By
+        default one leaf must be a matrix: then no axis of the other is a batch axis.
 
     Example:
       >>> import lorapro_jax as lp
@@ -120,12 +118,8 @@ def check_leaves(paths: Sequence[str], leaves: Sequence[Any]) -> None:
             )
 
 
-def _axes(path: str, name: str, ndim: int, dims: LoRADimensionNumbers) -> Axes:
+def _axes(path: str, name: str, ndim: int, rank: int | None, batch: Any, summed: Any) -> Axes:
     """The declared axes of one leaf, non-negative and complete."""
-    if name == "a":
-        batch, summed, rank = dims.a_batch, (), dims.a_rank
-    else:
-        batch, summed, rank = dims.b_batch, dims.b_sum, dims.b_rank
     roles: dict[int, str] = {}
     ranks = () if rank is None else (rank,)
     for role, axes in (("batch", batch), ("summed", summed), ("rank", ranks)):
@@ -147,33 +141,27 @@ def _axes(path: str, name: str, ndim: int, dims: LoRADimensionNumbers) -> Axes:
     return Axes(batch, summed, rank, others, (*batch, *summed, *order))
 
 
-def _dims(path: str, a: Any, b: Any, layout: Layout) -> LoRADimensionNumbers:
-    """The pair's dimension numbers, declared or inferred."""
-    for pattern, dims in layout.dims.items():
-        if re.fullmatch(pattern, path):
-            return dims
-    inferred = layout.infer(path, len(a.shape), len(b.shape))
-    if inferred is not None:
-        return inferred
-    raise ValueError(
-        f"{path} is ambiguous: a {tuple(a.shape)} and b {tuple(b.shape)} may be stacked layers, "
-        "heads or experts, or one matrix with several axes. Declare it: layout=<yours, or "
-        f'lp.layouts.FLAX>.declare({{r"{re.escape(path)}": lp.LoRADimensionNumbers(a_batch=(0,), '
-        "b_batch=(0,))}), for layers on axis 0, or lp.LoRADimensionNumbers(), for one matrix"
-    )
-
-
 def _make_pair(path: str, index: Mapping[str, int], leaves: Sequence[Any], layout: Layout) -> Pair:
-    a, b = leaves[index["a"]], leaves[index["b"]]
-    dims = _dims(path, a, b, layout)
-    a_axes, b_axes = _axes(path, "a", len(a.shape), dims), _axes(path, "b", len(b.shape), dims)
-    a_batch, b_batch = [a.shape[i] for i in a_axes.batch], [b.shape[i] for i in b_axes.batch]
-    rank = a.shape[a_axes.rank]
-    if rank != b.shape[b_axes.rank] or a_batch != b_batch:
+    """The pair of two leaves, by its declared dimension numbers or the layout's rule."""
+    a, b = (tuple(leaves[index[role]].shape) for role in ("a", "b"))
+    declared = [dims for pattern, dims in layout.dims.items() if re.fullmatch(pattern, path)]
+    dims = declared[0] if declared else layout.infer(path, len(a), len(b))
+    if dims is None:
         raise ValueError(
-            f"{path}: a {tuple(a.shape)} has rank {rank} and batch {a_batch}, b {tuple(b.shape)} "
-            f"has rank {b.shape[b_axes.rank]} and batch {b_batch}; if the axes lie otherwise, "
-            "declare them: layout=<yours, or lp.layouts.FLAX>.declare({...})"
+            f"{path} is ambiguous: a {a} and b {b} may be stacked layers, heads or experts, or one "
+            "matrix with several axes. Declare it: layout=<yours, or lp.layouts.FLAX>.declare("
+            f'{{r"{re.escape(path)}": lp.LoRADimensionNumbers(a_batch=(0,), b_batch=(0,))}}), for '
+            "layers on axis 0, or lp.LoRADimensionNumbers(), for one matrix"
+        )
+    a_axes = _axes(path, "a", len(a), dims.a_rank, dims.a_batch, ())
+    b_axes = _axes(path, "b", len(b), dims.b_rank, dims.b_batch, dims.b_sum)
+    a_batch, b_batch = [a[i] for i in a_axes.batch], [b[i] for i in b_axes.batch]
+    rank = a[a_axes.rank]
+    if rank != b[b_axes.rank] or a_batch != b_batch:
+        raise ValueError(
+            f"{path}: a {a} has rank {rank} and batch {a_batch}, b {b} has rank {b[b_axes.rank]} "
+            f"and batch {b_batch}; if the axes lie otherwise, declare them: layout=<yours, or "
+            "lp.layouts.FLAX>.declare({...})"
         )
     return Pair(path, index["a"], index["b"], a_axes, b_axes, rank)
 

@@ -24,8 +24,7 @@ def labels(
 
     Args:
       params: a pytree: Linen dicts (plain, FrozenDict, boxed), an nnx.State, or any other.
-      extra: regexes of the whole paths of further leaves to train, such as r"head/.*". Factors
-        keep the label "lora".
+      extra: regexes of whole paths of further leaves, such as r"head/.*". Factors stay "lora".
       layout: how pairs are named; `lp.layouts.FLAX` by default.
       require_pairs: whether a tree with leaves but without a pair is an error.
 
@@ -33,8 +32,7 @@ def labels(
       A tree of the structure of `params` with a string at every leaf, for `optax.partition`.
 
     Raises:
-      ValueError: no pair; an incomplete, inconsistent or ambiguous one; a pattern that matches no
-        leaf; two that match one.
+      ValueError: no pair, or an incomplete or ambiguous one; a pattern for no leaf; two for one.
 
     Example:
       >>> import jax.numpy as jnp, lorapro_jax as lp
@@ -83,9 +81,7 @@ def freeze_base(
 
     Example:
       >>> import lorapro_jax as lp, optax
-      >>> tx = lp.freeze_base(
-      ...     lp.lorapro_adamw(1e-4, scale=2.0), extra={r"head/.*": optax.adamw(1e-3)}
-      ... )
+      >>> tx = lp.freeze_base(lp.lorapro_adamw(1e-4, 2.0), extra={r"head/.*": optax.adamw(1e-3)})
     """
     extra = dict(extra or {})
     if reserved := {LORA, FROZEN} & extra.keys():
@@ -120,10 +116,9 @@ def split(params: Any, *, layout: Layout | None = None) -> tuple[Any, Any]:
       (True, True)
     """
     named = labels(params, layout=layout)
-    return (
-        jax.tree.map(lambda name, leaf: leaf if name == LORA else None, named, params),
-        jax.tree.map(lambda name, leaf: None if name == LORA else leaf, named, params),
-    )
+    lora = jax.tree.map(lambda name, leaf: leaf if name == LORA else None, named, params)
+    base = jax.tree.map(lambda name, leaf: None if name == LORA else leaf, named, params)
+    return lora, base
 
 
 def merge(lora: Any, base: Any) -> Any:
@@ -131,8 +126,7 @@ def merge(lora: Any, base: Any) -> Any:
 
     Args:
       lora: a tree of leaves or None.
-      base: the same tree with None where `lora` has a leaf. None in both stays None, such as the
-        zero point of a symmetrically quantised kernel.
+      base: the same tree with None where `lora` has a leaf. None in both stays None.
 
     Returns:
       One tree with every leaf.
@@ -149,8 +143,7 @@ def merge(lora: Any, base: Any) -> Any:
     _, theirs, other = flatten(base, lambda x: x is None)
     if treedef != other:
         raise ValueError(
-            "lora and base are not two halves of one tree; pass what lp.split returned, "
-            f"updated leaf by leaf. lora: {treedef}; base: {other}"
+            f"lora and base are not two halves of one tree, as of lp.split: {treedef}; {other}"
         )
     for path, x, y in zip(paths, ours, theirs, strict=True):
         if x is not None and y is not None:

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -19,18 +19,6 @@ def path_str(path: tuple) -> str:
     while path and path[-1] in _WRAPPERS:
         path = path[:-1]
     return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def nest(flat: Mapping[str, Any]) -> dict:
-    """{"a/b": leaf} as {"a": {"b": leaf}}."""
-    tree: dict = {}
-    for path, leaf in flat.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
 
 
 def scale_at(scale: Any, path: str) -> Any:

@@ -247,21 +247,13 @@ def _config(adapters: Mapping[str, Adapter], rslora: bool) -> dict[str, Any]:
     alphas = {module: _alpha(ranks[module], x.scale, rslora) for module, x in adapters.items()}
     rank, alpha = (Counter(x.values()).most_common(1)[0][0] for x in (ranks, alphas))
     return {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": alpha,
-        "use_rslora": rslora,
+        "peft_type": "LORA", "r": rank, "lora_alpha": alpha, "use_rslora": rslora,
         "rank_pattern": {_key(x, ranks): ranks[x] for x in ranks if ranks[x] != rank},
         "alpha_pattern": {_key(x, ranks): alphas[x] for x in ranks if alphas[x] != alpha},
-        # Whole names: a short one could also match layers that have no adapter here.
-        "target_modules": sorted(ranks),
-        "inference_mode": True,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "use_dora": False,
-        "modules_to_save": None,
-        "init_lora_weights": True,
-    }
+        "target_modules": sorted(ranks),  # whole names: a short one could match other layers too
+        "inference_mode": True, "lora_dropout": 0.0, "bias": "none", "use_dora": False,
+        "modules_to_save": None, "init_lora_weights": True,
+    }  # fmt: skip
 
 
 def _alpha(rank: int, scale: float, rslora: bool) -> float | int:

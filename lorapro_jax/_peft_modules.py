@@ -1,11 +1,11 @@
 """Which Hugging Face modules a pair stands for, and which slices of a and b belong to each.
 
-Slices are of the canonical factors, a (*batch, *m, r) and b (*batch, r, *n): a batch entry is a
-module of its own; a Split divides one axis of one factor further, the other factor shared; a Join
-makes one module of several entries.
+Slices are of the canonical factors, a (*batch, *m, r) and b (*batch, r, *n). A batch entry is a
+module; a Split divides one axis of one factor further; a Join makes one module of several entries.
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -32,7 +32,6 @@ class Split:
 
     Example:
       One b (r, 2, heads, width) for key and value:
-
       >>> from lorapro_jax import peft
       >>> kv = peft.Split((r"layers.\\1.self_attn.k_proj", r"layers.\\1.self_attn.v_proj"), axis=1)
     """
@@ -57,7 +56,6 @@ class Join:
 
     Example:
       openpi's a (heads, in, r), b (heads, r, width) of one query projection:
-
       >>> from lorapro_jax import peft
       >>> query = peft.Join("model.layers.0.self_attn.q_proj")
     """
@@ -126,8 +124,7 @@ def _shares(pair: Pair, leaves: Sequence[Any], modules: Mapping[str, Target]) ->
         join, target = target, target.name
     shares: list[Share] = []
     for index in np.ndindex(*(leaves[pair.a].shape[axis] for axis in pair.a_axes.batch)):
-        whole = not isinstance(target, Split)
-        for template, a, b in [(target, (), ())] if whole else _parts(pair, leaves, target, index):
+        for template, a, b in _parts(pair, leaves, target, index):
             module = _name(template, matches[0], index)
             shares.append(Share(module, [((*index, *a), (*index, *b))]))
     if join is None:
@@ -153,9 +150,11 @@ def _name(template: str, match: re.Match, index: tuple[int, ...]) -> str:
 
 
 def _parts(
-    pair: Pair, leaves: Sequence[Any], split: Split, index: tuple[int, ...]
+    pair: Pair, leaves: Sequence[Any], split: str | Split, index: tuple[int, ...]
 ) -> list[tuple[str, tuple, tuple]]:
     """(template, slices of a, slices of b) of each module at one index of the batch axes."""
+    if isinstance(split, str):
+        return [(split, (), ())]
     axes, leaf = (pair.a_axes, pair.a) if split.factor == "a" else (pair.b_axes, pair.b)
     shape, count = leaves[leaf].shape, len(split.names)
     axis = split.axis + len(shape) if split.axis < 0 else split.axis
@@ -176,9 +175,7 @@ def _parts(
         return [(split.names[index[axes.batch.index(axis)]], (), ())]
     # The others follow the batch's indices in a, those and the rank in b.
     before = (slice(None),) * (axes.others.index(axis) + (split.factor == "b"))
-    parts, start = [], 0
-    for name, size in zip(split.names, sizes, strict=True):
-        part = (*before, slice(start, start + size))
-        parts.append((name, part, ()) if split.factor == "a" else (name, (), part))
-        start += size
-    return parts
+    ends = itertools.accumulate(sizes)
+    parts = [(*before, slice(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
+    pairs = [(part, ()) if split.factor == "a" else ((), part) for part in parts]
+    return [(name, *slices) for name, slices in zip(split.names, pairs, strict=True)]

@@ -43,7 +43,6 @@ OPENPI = Layout(a=FLAX.a, b=FLAX.b, infer=_per_head)
 
 def _torch(path: str, a_ndim: int, b_ndim: int) -> LoRADimensionNumbers | None:
     """PyTorch's orientation, (out, in): A (r, in) and B (out, r)."""
-    del path
     return LoRADimensionNumbers(a_rank=0, b_rank=1) if a_ndim == b_ndim == 2 else None
 
 

@@ -14,13 +14,14 @@ from typing import Any
 import jax
 from flax import linen as nn
 from flax.core import meta
+from flax.traverse_util import unflatten_dict
 from jaxtyping import Array
 
 from lorapro_jax import _adapter
 from lorapro_jax._checks import check_rank
 from lorapro_jax._groups import Scale
 from lorapro_jax._layouts import flatten
-from lorapro_jax._paths import check_matches, nest, scale_at
+from lorapro_jax._paths import check_matches, scale_at
 
 # The functions below flax's wrappers: intercepting these, and not subclasses' overrides or the
 # outer shell of a lifted transformation, adapts each linear map exactly once.
@@ -107,7 +108,7 @@ def init_lora(
             factors = _adapter.factor_dtype(dtype, kernel.dtype)
             a, b = _adapter.init_pair(key, path, shape, rank, factors)
             flat |= {f"{path}/lora_a".lstrip("/"): a, f"{path}/lora_b".lstrip("/"): b}
-    return nest(flat)
+    return unflatten_dict(flat, sep="/")
 
 
 def _pairs(lora: Any) -> dict[str, tuple[Array, Array]]:

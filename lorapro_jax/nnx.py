@@ -15,14 +15,15 @@ from lorapro_jax._checks import check_positive, check_rank
 from lorapro_jax._paths import check_matches
 
 
-def _adapted_call(module: Any, base_call, inputs, out_sharding):
+def _adapted_call(self: Any, inputs, out_sharding=None):
     """The base layer's output with s (x a) b added."""
-    y = base_call(inputs, out_sharding=out_sharding)
-    x = inputs if module.lora_dropout is None else module.lora_dropout(inputs)
-    b = module.lora_b[...] * module.lora_scale
-    x, a, b = module.promote_dtype((x, module.lora_a[...], b), dtype=module.dtype)
-    x = _adapter.inputs_last(x, getattr(module, "axis", (-1,)))
-    delta = _adapter.low_rank(x, a, b, module.precision)
+    base = nnx.LinearGeneral if isinstance(self, nnx.LinearGeneral) else nnx.Linear
+    y = base.__call__(self, inputs, out_sharding=out_sharding)
+    x = inputs if self.lora_dropout is None else self.lora_dropout(inputs)
+    b = self.lora_b[...] * self.lora_scale
+    x, a, b = self.promote_dtype((x, self.lora_a[...], b), dtype=self.dtype)
+    x = _adapter.inputs_last(x, getattr(self, "axis", (-1,)))
+    delta = _adapter.low_rank(x, a, b, self.precision)
     return y + delta.reshape(y.shape).astype(y.dtype)
 
 
@@ -31,20 +32,14 @@ class LoRALinear(nnx.Linear):
     """An nnx.Linear that `add_lora` adapted; construct an nnx.Linear and adapt it."""
 
     lora_dropout: nnx.Dropout | None = None
-
-    def __call__(self, inputs, out_sharding=None):
-        """y = x (K + s a b) + bias."""
-        return _adapted_call(self, super().__call__, inputs, out_sharding)
+    __call__ = _adapted_call
 
 
 class LoRALinearGeneral(nnx.LinearGeneral):
     """An nnx.LinearGeneral that `add_lora` adapted; construct the base and adapt it."""
 
     lora_dropout: nnx.Dropout | None = None
-
-    def __call__(self, inputs, out_sharding=None):
-        """y = x (K + s a b) + bias."""
-        return _adapted_call(self, super().__call__, inputs, out_sharding)
+    __call__ = _adapted_call
 
 
 _ADAPTED = {nnx.Linear: LoRALinear, nnx.LinearGeneral: LoRALinearGeneral}
@@ -76,17 +71,14 @@ def _targets(model: nnx.Module, pattern: str) -> dict[str, Any]:
 
 def _matrix_shape(path: str, module: Any) -> tuple[int, int]:
     """(m, n): the sizes of the kernel's input and output axes together."""
-    if getattr(module, "batch_axis", None):
-        raise ValueError(
-            f"{path} has batch_axis {dict(module.batch_axis)}, a kernel for each batch entry: "
-            "leave it out of targets"
-        )
     general, shape = type(module) is nnx.LinearGeneral, module.kernel.shape
     inputs, outputs = (len(module.axis), len(module.out_features)) if general else (1, 1)
-    if len(shape) != inputs + outputs:
+    batch = dict(getattr(module, "batch_axis", {}))
+    if batch or len(shape) != inputs + outputs:
         raise ValueError(
-            f"{path}/kernel has shape {shape}, expected {inputs} input and {outputs} output axes; "
-            "call add_lora inside the function that nnx.vmap maps"
+            f"{path}/kernel has shape {shape} and batch_axis {batch}, expected {inputs} input and "
+            f"{outputs} output axes alone; leave it out of targets, or call add_lora inside the "
+            "function that nnx.vmap maps"
         )
     return math.prod(shape[:inputs]), math.prod(shape[inputs:])
 
@@ -105,9 +97,8 @@ def add_lora(
     """Adds a low-rank adapter to every linear layer of `model` whose path matches, in place.
 
     y = x (K + s a b) + bias, a (m, r) uniform in ±1/sqrt(m) (PEFT's kaiming-uniform with a = √5),
-    b (r, n) = 0: the output does not change until b is trained. A layer stays the object it was,
-    of a subclass of its class: paths, isinstance, checkpoints and the model's code remain valid.
-    Matched modules that are no linear layer, such as containers, are left alone.
+    b (r, n) = 0. A layer stays the object it was, of a subclass of its class: paths, isinstance,
+    checkpoints and the model's code remain valid. Matched containers are left alone.
 
     Args:
       model: any nnx module.
@@ -180,7 +171,7 @@ def merge_lora(model: nnx.Module) -> None:
     """
     adapted = [module for module in _modules(model).values() if type(module) in _BASE]
     if not adapted:
-        raise ValueError("the model has no adapter to merge; add_lora adds them")
+        raise ValueError("the model has no adapter to merge")
     for module in adapted:
         pair = module.lora_a[...], module.lora_b[...]
         module.kernel[...] = _adapter.fold(module.kernel[...], *pair, module.lora_scale)

@@ -13,12 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from lorapro_jax import _layouts, _peft_files
 from lorapro_jax._checks import check_one_of
 from lorapro_jax._groups import Scale
 from lorapro_jax._layouts import Layout, Pair
-from lorapro_jax._paths import nest, scale_at
+from lorapro_jax._paths import scale_at
 from lorapro_jax._peft_files import Adapter
 from lorapro_jax._peft_modules import Join, Share, Split, Target, plan, take
 
@@ -47,10 +48,10 @@ def save(
       directory: the folder for adapter_model.safetensors and adapter_config.json.
       lora: a pytree with the factors: Linen dicts, an nnx.State; other leaves are left alone.
       scale: the s of the forward pass: a number, or a callable of the pair's path.
-      modules: {regex of the pair's whole path: name of the module in the PyTorch model}. Names take
-        the regex's groups as \\1 and, for stacked layers, the index on the batch axes as {0}, {1}.
-        A pair that covers several modules takes a `Split` instead of a name, batch entries that
-        are one module (heads with a pair each) a `Join`.
+      modules: {regex of the pair's whole path: name of the PyTorch module}. Names take the regex's
+        groups as \\1 and the indices on the batch axes (stacked layers) as {0}, {1}. Instead of a
+        name, a `Split` is for a pair that covers several modules, a `Join` for batch entries that
+        are one module (heads with a pair each).
       layout: how pairs are named and lie; `lp.layouts.FLAX` by default.
       base_model: what base_model_name_or_path shall say, such as "google-bert/bert-base-uncased".
       task_type: PEFT's, such as "CAUSAL_LM". A classifier's head is not in these files.
@@ -88,14 +89,9 @@ def save(
         a, b = map(np.asarray, _layouts.read(pair, leaves))
         for share in shares[pair.path]:
             adapters[share.module] = Adapter(*take(share, a, b), s)
-    _peft_files.write(
-        pathlib.Path(directory),
-        adapters,
-        rslora=rslora,
-        fan_in_fan_out=fan_in_fan_out,
-        base_model_name_or_path=base_model,
-        task_type=task_type,
-    )
+    folder = pathlib.Path(directory)
+    options = {"base_model_name_or_path": base_model, "fan_in_fan_out": fan_in_fan_out}
+    _peft_files.write(folder, adapters, rslora=rslora, task_type=task_type, **options)
 
 
 def load(
@@ -143,7 +139,9 @@ def load(
         by_path = {module.replace(".", "/"): adapter for module, adapter in adapters.items()}
         a = {f"{path}/lora_a": jnp.asarray(adapter.A.T) for path, adapter in by_path.items()}
         b = {f"{path}/lora_b": jnp.asarray(adapter.B.T) for path, adapter in by_path.items()}
-        return nest(a | b), {path: adapter.scale for path, adapter in by_path.items()}
+        return unflatten_dict(a | b, sep="/"), {
+            path: adapter.scale for path, adapter in by_path.items()
+        }
     paths, leaves, treedef = _layouts.flatten(like)
     pairs = _layouts.find_pairs(paths, leaves, layout, require_pairs=True)
     shares, scales = plan(pairs, leaves, modules or {}), {}
