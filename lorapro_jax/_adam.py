@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from lorapro_jax._checks import check_between, check_one_of, check_positive
 from lorapro_jax._groups import Group, Scale, factor_zeros, over_batch
 from lorapro_jax._layouts import Layout, kernel_spec
-from lorapro_jax._moments import correction, mean, mean_root, positive, root_mean_square, unit
+from lorapro_jax._moments import correction, mean, mean_root, positive, unit
 from lorapro_jax._pairwise import Rule, in_pairs, pairwise
 from lorapro_jax._retraction import retract
 from lorapro_jax._sharding import explicit, spec_of
@@ -33,7 +33,7 @@ from lorapro_jax._tangent import (
     mean_squares,
     nearest,
     rescaled,
-    squared_norm,
+    root_mean_square,
     tangent,
     times,
     to_factors,
@@ -90,13 +90,14 @@ def factored_rule(numbers: Numbers) -> Rule:
         row, col = mean_root(now_row, row, b2), mean_root(now_col, col, b2)
         mu = mean(h[0], mu_a, b1), mean(h[1], mu_b, b1)
         *unit_mu, size = unit(*mu)
-        all_g = root_mean_square(row)  # of all entries
+        top = positive(jnp.max(row))
+        all_g = top * jnp.sqrt(jnp.mean((row / top) ** 2))  # root mean square of all entries
         left, right = (lax.rsqrt((x / positive(all_g)) ** 2 + floor) for x in (row, col))
         U = rescaled(f, tangent(f, *unit_mu), left, right)
         all_g = all_g / jnp.sqrt(correction(b2, count, dtype))
         U = times(U, size / correction(b1, count, dtype) / positive(all_g + eps))
         stored = mu[0].astype(mu_a.dtype), mu[1].astype(mu_b.dtype), row, col
-        return to_factors(f, clipped(f, U, clip)), stored
+        return to_factors(f, clipped(U, clip)), stored
 
     def update(group: Group, p: Factors, h: Step, state: tuple[Array, ...], count: Array):
         return over_batch(one, group, (0, 0, 0, None))(p, h, state, count)
@@ -124,7 +125,7 @@ def full_rule(numbers: Numbers) -> Rule:
         f = frames(p, damping)
         *unit_h, now = unit(*h)
         g = tangent(f, *unit_h)
-        return f, times(g, now), mean_root(now * root_mean_square_of(f, g), size, b2)
+        return f, times(g, now), mean_root(now * root_mean_square(g), size, b2)
 
     def moments(f: Frames, g: Tangent, mu: Array, rms: Array, size: Array) -> tuple[Array, Array]:
         G, size = dense(f, g, mu), positive(size)
@@ -136,50 +137,44 @@ def full_rule(numbers: Numbers) -> Rule:
         root = jnp.sqrt(correction(b2, count, dtype))
         m = mu.astype(dtype) * (root / correction(b1, count, dtype) / size)
         U = m / positive(jnp.sqrt((rms / size) ** 2 + floor**2) + eps * root / size)
-        return to_factors(f, clipped(f, nearest(f, U), clip))
+        return to_factors(f, clipped(nearest(f, U), clip))
 
     def update(group: Group, p: Factors, h: Step, state: tuple[Array, ...], count: Array):
         mu, rms, size = state
         f, g, size = over_batch(gradient, group)(p, h, size)
-
-        def some(group: Group, f: Frames, g: Tangent, mu: Array, rms: Array, size: Array):
-            mu, rms = over_batch(moments, group)(f, g, mu, rms, size)
-            return (
-                mu,
-                rms,
-                over_batch(direction, group, (0, 0, 0, 0, None))(f, mu, rms, size, count),
-            )
-
+        axes = (0, 0, 0, 0, None)
         if spec_of(mu)[0] is not None:  # every device has pairs of its own
-            mu, rms, step = some(group, f, g, mu, rms, size)
-            return step, (mu, rms, size)
+            mu, rms = over_batch(moments, group)(f, g, mu, rms, size)
+            return over_batch(direction, group, axes)(f, mu, rms, size, count), (mu, rms, size)
         # One pair at a time: g~ and U are (m, n) too, and need not exist for all.
         inner = group._replace(batch=group.batch[1:])
 
         def body(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
-            parts = jax.tree.map(lambda x: x[i], (f, g, *carry[:2], size))
-            mu, rms, (da, db) = some(inner, *parts)
-            new = zip(carry, (mu, rms, da, db), strict=True)
-            return tuple(lax.dynamic_update_index_in_dim(x, y, i, 0) for x, y in new)
+            def at(tree: Any) -> Any:
+                return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, 0, False), tree)
+
+            def put(xs: tuple[Array, ...], new: tuple[Array, ...]) -> tuple[Array, ...]:
+                pairs = zip(xs, new, strict=True)
+                return tuple(lax.dynamic_update_index_in_dim(x, y, i, 0) for x, y in pairs)
+
+            held, step = carry[:2], carry[2:]
+            held = put(held, over_batch(moments, inner)(*at((f, g, *held, size))))
+            # read back: XLA then updates the moments in place
+            new = over_batch(direction, inner, axes)(*at((f, *held, size)), count)
+            return *held, *put(step, new)
 
         carry = mu, rms, jnp.zeros_like(p.a), jnp.zeros_like(p.b)
         mu, rms, *step = lax.fori_loop(0, group.batch[0], body, carry)
         return tuple(step), (mu, rms, size)
 
-    return Rule(update, FullState, init)
+    return Rule(update, FullState, init, joins=False)
 
 
-def root_mean_square_of(f: Frames, T: Tangent) -> Float[Array, ""]:
-    """Of T's entries."""
-    r = len(T.C)
-    return jnp.sqrt(squared_norm(f, T) / ((T.X.size // r) * (T.Y.size // r)))
-
-
-def clipped(f: Frames, T: Tangent, threshold: Any) -> Tangent:
+def clipped(T: Tangent, threshold: Any) -> Tangent:
     """T with a root mean square of `threshold` at most."""
     if threshold is None:
         return T
-    return times(T, jnp.minimum(1, threshold / positive(root_mean_square_of(f, T))))
+    return times(T, jnp.minimum(1, threshold / positive(root_mean_square(T))))
 
 
 def scale_by_lorapro_adam(

@@ -22,24 +22,24 @@ Scale = float | Array | Callable[[str], float]
 
 
 class Group(NamedTuple):
-    """Pairs that are one batch: one with batch axes of its own, or several without."""
+    """Pairs that are one batch: their own batch axes, the first of them joined for all pairs."""
 
     pairs: tuple[Pair, ...]
-    batch: tuple[int, ...]  # sizes of the leading axes: (pairs,) where they are stacked
+    batch: tuple[int, ...]  # (pairs,), or the pairs' own, the first of all pairs together
     m: tuple[int, ...]
     n: tuple[int, ...]
     dtype: Any  # the factors', float32 or better
-
-    @property
-    def stacked(self) -> bool:
-        """Whether the leading axis was made by stacking pairs."""
-        return not self.pairs[0].a_axes.batch
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Of a (*batch, *m, r) and of b (*batch, r, *n)."""
         r = self.pairs[0].rank
         return (*self.batch, *self.m, r), (*self.batch, r, *self.n)
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the pairs have no batch axes of their own."""
+        return not self.pairs[0].a_axes.batch
 
 
 def groups(pairs: Sequence[Pair], params: Sequence[Any]) -> dict[str, Group]:
@@ -70,23 +70,44 @@ def _kernel(pair: Pair, params: Sequence[Any]) -> tuple[Any, ...]:
     return batch, m, n, jnp.dtype(dtype)
 
 
+def joined(groups: Sequence[Group]) -> Group:
+    """Groups of one kind as one."""
+    first, pairs = groups[0], tuple(pair for group in groups for pair in group.pairs)
+    return first._replace(pairs=pairs, batch=(sum(g.batch[0] for g in groups), *first.batch[1:]))
+
+
+def one_device(x: Any) -> bool:
+    """Whether an array's type says that it cannot be sharded."""
+    return jax.typeof(x).sharding.mesh.size <= 1
+
+
 def stack(group: Group, leaves: Sequence[Array], *, gradients: bool = False) -> tuple[Array, Array]:
     """The group's factors, steps or gradients as two arrays in the group's dtype."""
     columns = zip(*(read(p, leaves, gradients=gradients) for p in group.pairs), strict=True)
-    a, b = (
-        column[0] if not group.stacked
-        # one sharding for all: that of the first pair
-        else jnp.stack([placed(x, spec_of(column[0])) for x in column])
-        for column in columns
-    )  # fmt: skip
+    a, b = (join([x[None] if group.stacked else x for x in column]) for column in columns)
     return a.astype(group.dtype), b.astype(group.dtype)
+
+
+def join(arrays: Sequence[Array]) -> Array:
+    """Arrays along their first axis, sharded as the first of them."""
+    if len(arrays) == 1:
+        return arrays[0]
+    return jnp.concatenate([placed(x, spec_of(arrays[0])) for x in arrays])
+
+
+def split(x: Array, parts: int) -> list[Array]:
+    """Equal parts along the first axis."""
+    size = len(x) // parts
+    return [x[i : i + size] for i in range(0, len(x), size)] if parts > 1 else [x]
 
 
 def unstack(group: Group, tree: Any) -> list[Any]:
     """One tree for each pair of the group."""
-    if not group.stacked:
-        return [tree]
-    return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(len(group.pairs))]
+    leaves, treedef = jax.tree.flatten(tree)
+    parts = zip(*(split(x, len(group.pairs)) for x in leaves), strict=True)
+    if group.stacked:
+        parts = ([x[0] for x in part] for part in parts)
+    return [jax.tree.unflatten(treedef, part) for part in parts]
 
 
 def write_steps(group: Group, step: tuple[Array, Array], leaves: list[Any]) -> None:
@@ -97,13 +118,14 @@ def write_steps(group: Group, step: tuple[Array, Array], leaves: list[Any]) -> N
 
 def scale_of(group: Group, scale: Scale, like: Array) -> Array:
     """The s of each pair, (*batch,), sharded as the batch axes of `like` are."""
+    numbers = scale
     if callable(scale):
         numbers = [scale(pair.path) for pair in group.pairs]
         for pair, number in zip(group.pairs, numbers, strict=True):
             check_scale(number, f"{pair.path}: scale")
-        s = jnp.asarray(numbers if group.stacked else numbers[0], group.dtype)
-    else:
-        s = jnp.asarray(scale, group.dtype)
+        numbers = jnp.repeat(jnp.asarray(numbers), group.batch[0] // len(group.pairs))
+        numbers = numbers.reshape(-1, *(1 for _ in group.batch[1:]))
+    s = jnp.asarray(numbers, group.dtype)
     sharding = explicit(like, spec_of(like)[: len(group.batch)])
     return jnp.broadcast_to(s, group.batch, out_sharding=sharding)
 

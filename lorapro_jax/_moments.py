@@ -26,12 +26,6 @@ def mean(new: Array, old: Array, decay: Any) -> Array:
     return decay * old.astype(new.dtype) + (1 - decay) * new
 
 
-def root_mean_square(x: Array) -> Float[Array, ""]:
-    """Of all entries, which are not negative."""
-    size = positive(jnp.max(x))
-    return size * jnp.sqrt(jnp.mean((x / size) ** 2))
-
-
 def mean_root(new: Array, old: Array, decay: Any) -> Array:
     """One step of an exponential average of squares, of which `old` and `new` are the roots."""
     size = positive(jnp.maximum(jnp.max(new), jnp.max(old)))

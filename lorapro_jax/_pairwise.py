@@ -1,5 +1,6 @@
 """A rule for pairs as an optax transformation: find the pairs, stack them, apply it, write back."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,9 @@ from lorapro_jax._groups import (
     Group,
     Scale,
     groups,
+    join,
+    joined,
+    one_device,
     scale_of,
     stack,
     write_steps,
@@ -37,6 +41,7 @@ class Rule(NamedTuple):
     state: Any = None  # NamedTuple type: count, then fields that are {group: array}
     init: Callable[[Group, Sequence[Any]], tuple[Any, ...]] = lambda group, leaves: ()
     gradients: bool = True  # whether the updates are gradients; otherwise steps
+    joins: bool = True  # whether groups of one shape are taken at once: fewer kernels, and a copy
 
 
 def pairwise(
@@ -73,17 +78,31 @@ def pairwise(
         if rule.state:
             _check_state(rule, state, found, values)
             count = jnp.asarray(optax.safe_increment(state.count))
-        for name, group in found.items():
+        for names in _alike(rule, found, values):
+            group = joined([found[name] for name in names])
             a, b = stack(group, values)
             p = Factors(a, b, scale_of(group, scale, a))
             steps = stack(group, leaves, gradients=rule.gradients)
-            own = tuple(getattr(state, field)[name] for field in fields)
-            step, states[name] = apply(_nameless(group), p, steps, own, count)
+            held = ([getattr(state, field)[name] for name in names] for field in fields)
+            step, made = apply(_nameless(group), p, steps, tuple(map(join, held)), count)
             write_steps(group, step, new)
+            ends = list(itertools.accumulate(found[name].batch[0] for name in names))
+            for name, start, end in zip(names, [0, *ends], ends, strict=False):
+                states[name] = tuple(x[start:end] if len(names) > 1 else x for x in made)
         fresh = _state(rule, count, states) if rule.state else state
         return jax.tree.unflatten(treedef, new), fresh
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _alike(rule: Rule, found: dict[str, Group], leaves: Sequence[Array]) -> list[list[str]]:
+    """The names of the groups, those of one shape together unless joining could move shards."""
+    alike: dict[Any, list[str]] = {}
+    for name, group in found.items():
+        joins = rule.joins and one_device(leaves[group.pairs[0].a])
+        kind = (group.stacked, group.shapes[0][1:], group.shapes[1][1:], group.dtype)
+        alike.setdefault(kind if joins else name, []).append(name)
+    return list(alike.values())
 
 
 def _nameless(group: Group) -> Group:

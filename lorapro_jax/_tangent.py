@@ -2,19 +2,20 @@
 
     frames          A = a S_a (m, r) and B = S_b b (r, n), orthonormal but for the damping λ:
                     (P + λ)⁻¹ = S_a S_aᵀ, (Q + λ)⁻¹ = S_bᵀ S_b, with P = aᵀa, Q = b bᵀ
-    tangent vector  T = X B + A C B + A Y, its three parts orthogonal: Aᵀ X = 0, Y Bᵀ = 0
-    of a matrix G   H_a = G Bᵀ and H_b = Aᵀ G give C = Aᵀ G Bᵀ, X = H_a - A C, Y = H_b - C B;
-                    then T = P_a G + G P_b - P_a G P_b, the paper's g~, nearest to G
-    factors         s (da b + a db) = T for da = (X + A C_a) S_b / s, db = S_a (Y + C_b B) / s,
-                    whatever the split C = C_a + C_b; the partner of the larger factor takes C
+    of a matrix G   H_a = G Bᵀ, H_b = Aᵀ G, C = Aᵀ G Bᵀ; X = H_a - A C, Y = H_b - C B
+    tangent vector  T = X B + A C B + A Y, of orthogonal parts; so T = H_a B + A Y = X B + A H_b.
+                    It is P_a G + G P_b - P_a G P_b, the paper's g~, nearest to G
+    factors         s (da b + a db) = T for (da, db) = (X S_b, S_a H_b) / s and (H_a S_b, S_a Y) / s:
+                    the partner of the larger factor takes the shared part, A C B
 
-Everything costs O((m + n) r²), and no (m, n) array is formed but by `dense` and `seen_of`.
+Everything costs O((m + n) r²), and no (m, n) array is formed but by `dense` and `nearest`.
 """
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from lorapro_jax._sharding import contract, dot, gram_left, gram_right
 from lorapro_jax._small import inverse_cholesky, sylvester
@@ -36,15 +37,16 @@ class Frames(NamedTuple):
     S_a: Float[Array, "r r"]
     S_b: Float[Array, "r r"]
     s: Float[Array, ""]
-    b_moves_first: Float[Array, ""]  # 1 where a is the larger factor, else 0
+    b_moves_first: Bool[Array, ""]  # where a is the larger factor
 
 
 class Tangent(NamedTuple):
-    """T = X B + A C B + A Y, relative to a pair's frames."""
+    """T = H_a B + A Y = X B + A H_b, relative to a pair's frames."""
 
     X: Float[Array, "*m r"]
-    C: Float[Array, "r r"]
+    H_a: Float[Array, "*m r"]
     Y: Float[Array, "r *n"]
+    H_b: Float[Array, "r *n"]
 
 
 def ridge(P: Float[Array, "r r"], Q: Float[Array, "r r"], damping: Any) -> Float[Array, ""]:
@@ -62,10 +64,10 @@ def frames(p: Factors, damping: Any) -> Frames:
     a, b, s = p
     P, Q = gram_left(a, a), gram_right(b, b)
     floor, eye = ridge(P, Q, damping), jnp.eye(len(P), dtype=P.dtype)
-    S_a = inverse_cholesky(P + floor * eye, floor).T
-    S_b = inverse_cholesky(Q + floor * eye, floor)
-    b_moves_first = (jnp.trace(P) >= jnp.trace(Q)).astype(P.dtype)
-    return Frames(dot(a, S_a), dot(S_b, b), S_a, S_b, s, b_moves_first)
+    both = jnp.stack([P + floor * eye, Q + floor * eye])  # one elimination for two matrices
+    J_a, S_b = jax.vmap(inverse_cholesky, (0, None))(both, floor)
+    b_moves_first = jnp.trace(P) >= jnp.trace(Q)
+    return Frames(dot(a, J_a.T), dot(S_b, b), J_a.T, S_b, s, b_moves_first)
 
 
 def tangent(f: Frames, h_a: Float[Array, "*m r"], h_b: Float[Array, "r *n"]) -> Tangent:
@@ -76,20 +78,21 @@ def tangent(f: Frames, h_a: Float[Array, "*m r"], h_b: Float[Array, "r *n"]) -> 
 def of_projections(f: Frames, H_a: Float[Array, "*m r"], H_b: Float[Array, "r *n"]) -> Tangent:
     """The T nearest to G, known by G Bᵀ and Aᵀ G."""
     C = gram_right(H_b, f.B)
-    return Tangent(H_a - dot(f.A, C), C, H_b - dot(C, f.B))
+    return Tangent(H_a - dot(f.A, C), H_a, H_b - dot(C, f.B), H_b)
 
 
 def to_factors(f: Frames, T: Tangent) -> tuple[Float[Array, "*m r"], Float[Array, "r *n"]]:
     """(da, db) with s (da b + a db) = T."""
-    C_b = T.C * f.b_moves_first
-    da = dot(T.X + dot(f.A, T.C - C_b), f.S_b / f.s)
-    return da, dot(f.S_a / f.s, T.Y + dot(C_b, f.B))
+    da = jnp.where(f.b_moves_first, T.X, T.H_a)
+    db = jnp.where(f.b_moves_first, T.H_b, T.Y)
+    return dot(da, f.S_b / f.s), dot(f.S_a / f.s, db)
 
 
-def squared_norm(f: Frames, T: Tangent) -> Float[Array, ""]:
-    """||T||² as a sum of squares; up to 11% less where the damping acts."""
-    in_b = T.X + dot(f.A, T.C)
-    return jnp.sum(in_b * in_b) + jnp.sum(T.Y * T.Y)
+def root_mean_square(T: Tangent) -> Float[Array, ""]:
+    """Of T's entries, from a sum of squares; up to 5% less where the damping acts."""
+    r = len(T.Y)
+    squares = jnp.sum(T.H_a * T.H_a) + jnp.sum(T.Y * T.Y)
+    return jnp.sqrt(squares / ((T.X.size // r) * (T.Y.size // r)))
 
 
 def times(T: Tangent, factor: Array) -> Tangent:
@@ -98,35 +101,31 @@ def times(T: Tangent, factor: Array) -> Tangent:
 
 
 def mean_squares(f: Frames, T: Tangent) -> tuple[Float[Array, "*m"], Float[Array, "*n"]]:
-    """Means of T² over each row's and each column's entries, as sums of squares.
+    """Means of T² over each row's and each column's entries.
 
-    Row i is (X + A C)_i B + A_i Y: two orthogonal terms, so that nothing cancels.
+    Row i is (H_a)_i B + A_i Y, two orthogonal terms: a sum of squares, in which nothing cancels.
     """
-    m, n = T.X.size // len(T.C), T.Y.size // len(T.C)
-    in_b, in_a = T.X + dot(f.A, T.C), T.Y + dot(T.C, f.B)
+    m, n = T.X.size // len(T.Y), T.Y.size // len(T.Y)
     along_a = jnp.sum(dot(f.A, gram_right(T.Y, T.Y)) * f.A, axis=-1)
     along_b = jnp.sum(dot(gram_left(T.X, T.X), f.B) * f.B, axis=0)
-    row = jnp.sum(in_b * in_b, axis=-1) + jnp.maximum(along_a, 0)
-    col = jnp.sum(in_a * in_a, axis=0) + jnp.maximum(along_b, 0)
+    row = jnp.sum(T.H_a * T.H_a, axis=-1) + jnp.maximum(along_a, 0)
+    col = jnp.sum(T.H_b * T.H_b, axis=0) + jnp.maximum(along_b, 0)
     return row / n, col / m
 
 
 def rescaled(f: Frames, T: Tangent, left: Float[Array, "*m"], right: Float[Array, "*n"]) -> Tangent:
     """The tangent vector nearest to D_l T D_r, of the diagonals `left` and `right`."""
-    B_right, A_left = f.B * right[None], f.A * left[..., None]
-    Y_right, X_left = T.Y * right[None], T.X * left[..., None]
-    row = gram_right(B_right, f.B)
-    C_row = dot(T.C, row) + gram_right(Y_right, f.B)
-    H_a = dot(X_left, row) + dot(A_left, C_row)
-    column = gram_left(f.A, A_left)
-    C_column = dot(column, T.C) + gram_left(f.A, X_left)
-    return of_projections(f, H_a, dot(C_column, B_right) + dot(column, Y_right))
+    A, B, left, right = f.A, f.B * right[None], left[..., None], right[None]
+    H_a = left * (dot(T.H_a, gram_right(B, f.B)) + dot(A, gram_right(T.Y * right, f.B)))
+    A = A * left
+    H_b = dot(gram_left(A, T.H_a), B) + dot(gram_left(A, f.A), T.Y * right)
+    return of_projections(f, H_a, H_b)
 
 
 def dense(f: Frames, T: Tangent, like: Array) -> Float[Array, "..."]:
     """T as an (*m, *n) array, sharded as `like` is."""
-    L = jnp.concatenate([T.X + dot(f.A, T.C), f.A], axis=-1)
-    return contract(L, jnp.concatenate([f.B, T.Y]), [L.ndim - 1], [0], like=like)
+    L, R = jnp.concatenate([T.H_a, f.A], axis=-1), jnp.concatenate([f.B, T.Y])
+    return contract(L, R, [L.ndim - 1], [0], like=like)
 
 
 def nearest(f: Frames, U: Float[Array, "..."]) -> Tangent:
