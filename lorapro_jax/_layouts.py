@@ -26,8 +26,7 @@ class LoRADimensionNumbers:
       b_rank: the rank axis of `b`; None for the first axis that is neither batch nor summed.
       a_batch: axes of `a` over which pairs are independent (scanned layers, heads, experts).
       b_batch: the axes of `b` that match them, in the same order.
-      b_sum: axes of `b` that the forward pass sums over: the product is a (sum of b over them).
-        Each slice gets an equal share of the step.
+      b_sum: axes of `b` that the forward pass sums over. Slices get equal shares of the step.
 
     Example:
       Twelve scanned layers, a (12, 768, 8) and b (12, 8, 3072):
@@ -75,8 +74,7 @@ class Layout:
         return dataclasses.replace(self, dims={**dims, **self.dims})
 
 
-# One node with leaves lora_a and lora_b (flax.nnx.LoRA, lorapro_jax), or siblings of the
-# kernel named <kernel>_lora_a and <kernel>_lora_b.
+# lora_a and lora_b of one node (flax.nnx.LoRA), or <kernel>_lora_a and _lora_b beside the kernel.
 FLAX = Layout(a=r"(?P<pair>(.*[/_])?)lora_a", b=r"(?P<pair>(.*[/_])?)lora_b")
 
 
@@ -160,8 +158,7 @@ def _make_pair(path: str, index: Mapping[str, int], leaves: Sequence[Any], layou
     if rank != b[b_axes.rank] or a_batch != b_batch:
         raise ValueError(
             f"{path}: a {a} has rank {rank} and batch {a_batch}, b {b} has rank {b[b_axes.rank]} "
-            f"and batch {b_batch}; if the axes lie otherwise, declare them: layout=<yours, or "
-            "lp.layouts.FLAX>.declare({...})"
+            f"and batch {b_batch}; declare the axes: layout=lp.layouts.FLAX.declare({{...}})"
         )
     return Pair(path, index["a"], index["b"], a_axes, b_axes, rank)
 
@@ -244,8 +241,7 @@ def read(pair: Pair, leaves: Sequence[Array], *, gradients: bool = False) -> tup
 def write(pair: Pair, a: Array, b: Array, leaves: list[Any]) -> None:
     """Puts canonical factors or steps back, in the axes and dtype of the leaves that stand there.
 
-    Along a summed axis each slice gets an equal share: of all ways to change the sum the one of
-    least norm.
+    Along a summed axis each slice gets an equal share, the change of least norm.
     """
     first, slices = len(pair.b_axes.batch), [leaves[pair.b].shape[i] for i in pair.b_axes.summed]
     if slices:
@@ -267,9 +263,7 @@ def kernel_spec(pair: Pair, a_spec: Sequence[Any], b_spec: Sequence[Any]) -> tup
     return joined(*_specs(pair, a_spec, b_spec))
 
 
-def factor_specs(
-    pair: Pair, a_spec: Sequence[Any], b_spec: Sequence[Any]
-) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def factor_specs(pair: Pair, a_spec: Sequence[Any], b_spec: Sequence[Any]) -> tuple[tuple, tuple]:
     """How (*batch, *m, r) and (*batch, r, *n) are sharded."""
     batch, rows, columns = _specs(pair, a_spec, b_spec)
     return joined(batch, rows, [None]), joined(batch, [None], columns)

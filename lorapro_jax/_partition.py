@@ -45,8 +45,7 @@ def labels(
     inside = factor_indices(find_pairs(paths, leaves, layout, require_pairs=require_pairs))
     patterns, named = tuple(extra), [LORA] * len(paths)
     others = {i: path for i, path in enumerate(paths) if i not in inside}
-    if leaves:
-        check_matches("extra", patterns, others.values())
+    check_matches("extra", patterns if leaves else (), others.values())
     for i, path in others.items():
         hits = [pattern for pattern in patterns if re.fullmatch(pattern, path)]
         if len(hits) > 1:

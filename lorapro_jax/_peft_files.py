@@ -2,9 +2,8 @@
 
 adapter_model.safetensors holds base_model.model.<module>.lora_A.weight (r, in) and .lora_B.weight
 (out, r). PEFT computes W x + scale B A x with scale = alpha / r, or alpha / sqrt(r) with rsLoRA;
-adapter_config.json has r and lora_alpha for every module but those that a key of rank_pattern or
-alpha_pattern matches: a regex for the end of the module's name, from any of its dots on; the first
-that matches counts.
+adapter_config.json has r and lora_alpha, and rank_pattern and alpha_pattern for the modules whose
+name's end, from any dot on, a key of theirs matches: the first that does counts.
 """
 
 import json
@@ -60,8 +59,7 @@ def _safetensors() -> ModuleType:
         import safetensors.numpy
     except ImportError as error:
         raise ImportError(
-            "lorapro_jax.peft reads and writes safetensors files; install the package: "
-            'pip install "lorapro-jax[peft]"'
+            'lorapro_jax.peft reads and writes safetensors files: pip install "lorapro-jax[peft]"'
         ) from error
     return safetensors
 
@@ -101,9 +99,7 @@ def _read_config(file: pathlib.Path) -> dict[str, Any]:
     return config
 
 
-def _settings(
-    config: Mapping[str, Any], modules: Iterable[str], file: pathlib.Path
-) -> dict[str, tuple[int, float]]:
+def _settings(config: dict, modules: Iterable[str], file: Any) -> dict[str, tuple[int, float]]:
     """{module: its rank and scale}."""
     ranks = _values(config, "rank_pattern", config.get("r"), modules, file)
     alphas = _values(config, "alpha_pattern", config.get("lora_alpha"), modules, file)
@@ -111,29 +107,20 @@ def _settings(
     for module, rank in ranks.items():
         alpha = alphas[module]
         if not _targeted(config.get("target_modules"), module):
-            raise ValueError(
-                f"{file}: target_modules does not cover {module}, for which the adapter has "
-                "weights: PEFT would ignore them. The two files belong to different adapters"
-            )
+            raise ValueError(f"{file}: target_modules does not cover {module}, which has weights")
         if type(rank) is not int or rank < 1:
             raise ValueError(f"{file}: the rank of {module} is {rank!r}, not a positive integer")
         if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
             raise ValueError(f"{file}: the alpha of {module} is {alpha!r}, not a positive number")
-        settings[module] = rank, alpha / _divisor(rank, bool(config.get("use_rslora")))
+        settings[module] = rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return settings
-
-
-def _divisor(rank: int, rslora: bool) -> float:
-    return math.sqrt(rank) if rslora else float(rank)
 
 
 def _regex(key: str) -> re.Pattern:
     return re.compile(rf"(.*\.)?({key})$")
 
 
-def _values(
-    config: Mapping[str, Any], name: str, default: Any, modules: Iterable[str], file: pathlib.Path
-) -> dict[str, Any]:
+def _values(config: dict, name: str, default: Any, modules: Iterable[str], file: Any) -> dict:
     """{module: its value} by rank_pattern or alpha_pattern."""
     entries = config.get(name) or {}
     if not isinstance(entries, dict):
@@ -151,12 +138,11 @@ def _values(
 
 
 def _targeted(targets: Any, module: str) -> bool:
-    if targets is None or targets == "all-linear":
+    if isinstance(targets, list):
+        return any(f".{module}".endswith(f".{name}") for name in targets)
+    if targets in (None, "all-linear"):
         return True
-    if isinstance(targets, str):
-        return re.fullmatch(targets, module) is not None
-    names = targets if isinstance(targets, list) else []
-    return any(f".{module}".endswith(f".{name}") for name in names)
+    return isinstance(targets, str) and re.fullmatch(targets, module) is not None
 
 
 def _read_tensors(file: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -165,8 +151,8 @@ def _read_tensors(file: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]
     if not file.is_file():
         if (pickled := file.with_name(PICKLE)).exists():
             raise ValueError(
-                f"{pickled} is a pickle, which can run any code, so it is not opened. Write "
-                f"{WEIGHTS} where you trust it: save_pretrained(..., safe_serialization=True)"
+                f"{pickled} is a pickle, which can run any code, and is not opened: load it in "
+                "PEFT where you trust it, and save_pretrained(..., safe_serialization=True)"
             )
         raise FileNotFoundError(f"{file} does not exist; the adapter is incomplete: save it again")
     try:
@@ -174,8 +160,7 @@ def _read_tensors(file: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (library.SafetensorError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{file} ({file.stat().st_size} bytes) is damaged, cut short or no safetensors file "
-            f"({error}); copy or save it again"
+            f"{file} is damaged, cut short or no safetensors file ({error}); copy or save it again"
         ) from error
     if not tensors:
         raise ValueError(f"{file} holds no tensor; save the adapter again")
@@ -183,10 +168,7 @@ def _read_tensors(file: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]
     for name, tensor in tensors.items():
         match = _TENSOR.fullmatch(name)
         if match is None:
-            raise ValueError(
-                f"{file}: {name} is no factor of plain LoRA on a linear layer, such as "
-                "base_model.model.<module>.lora_A.weight; nothing else can be read"
-            )
+            raise ValueError(f"{file}: {name} is no factor of plain LoRA on a linear layer")
         found.setdefault(match["module"], {})[match["factor"]] = tensor
     for module, factors in found.items():
         for missing in {"A", "B"} - factors.keys():
@@ -198,9 +180,8 @@ def _check_shapes(where: str, A: np.ndarray, B: np.ndarray, rank: int) -> None:
     for name, factor in (("lora_A", A), ("lora_B", B)):
         if not jnp.issubdtype(factor.dtype, jnp.floating):
             raise ValueError(f"{where}.{name}.weight has dtype {factor.dtype}, no float")
-    shapes = f"lora_A {A.shape} and lora_B {B.shape}"
     if A.ndim != 2 or B.ndim != 2:
-        raise ValueError(f"{where} has {shapes}; only linear layers can be read")
+        raise ValueError(f"{where} has lora_A {A.shape}, lora_B {B.shape}; only linear layers fit")
     if A.shape[0] != rank or B.shape[1] != rank:
         turned = rank in (A.shape[1], B.shape[0]) and A.shape[1] == B.shape[0]
         hint = "they lie transposed, as (in, r) and (r, out): " if turned else ""
@@ -215,9 +196,8 @@ def write(
 ) -> None:
     """Writes both files; `options` go into the configuration as they are.
 
-    A crash or a full disk leaves the old adapter, the new one, or, while both files are swapped,
-    one without its configuration, which no reader takes for an adapter. A killed process may leave
-    a folder .partial-*, which may be deleted.
+    A crash or a full disk leaves the old adapter, the new one, or, between the two replacements,
+    weights without a configuration. A killed process may leave a folder .partial-* to delete.
     """
     text = json.dumps(_config(adapters, rslora) | options, indent=2, allow_nan=False) + "\n"
     tensors = {
@@ -257,11 +237,8 @@ def _config(adapters: Mapping[str, Adapter], rslora: bool) -> dict[str, Any]:
 
 
 def _alpha(rank: int, scale: float, rslora: bool) -> float | int:
-    """The alpha from which PEFT computes `scale`, an integer where that is exact.
-
-    Where the divisor is no power of two, one scale in six is off in float64's last digit.
-    """
-    divisor = _divisor(rank, rslora)
+    """The alpha that gives `scale` up to float64's last digit; an integer where that is exact."""
+    divisor = math.sqrt(rank) if rslora else rank
     alpha = scale * divisor
     return round(alpha) if round(alpha) / divisor == scale else alpha
 

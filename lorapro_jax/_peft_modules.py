@@ -20,14 +20,12 @@ from lorapro_jax._paths import check_matches
 class Split:
     """Several Hugging Face modules that one pair adapts at once, side by side along one axis.
 
-    A fused query, key and value share a: each module gets all of a and its part of b.
+    Each module of a fused query, key and value gets all of a and its part of b.
 
     Args:
       names: the modules' name templates, in the order in which they lie along the axis.
-      axis: the axis of the stored leaf that is divided; may be negative. A batch axis gives each
-        module one entry, as where gate and up are stacked.
-      factor: whose axis. "b" divides the outputs, the usual case; "a" the inputs, as for experts
-        that share b.
+      axis: of the stored leaf; may be negative. A batch axis gives each module one entry.
+      factor: whose axis. "b" divides the outputs; "a" the inputs, as for experts that share b.
       sizes: how much of the axis each module takes; None for equal parts.
 
     Example:
@@ -46,8 +44,7 @@ class Split:
 class Join:
     """One Hugging Face module that several batch entries of a pair adapt side by side.
 
-    N pairs of rank r, one for each head, are one pair of rank N r: one factor's blocks stand in a
-    row, the other's on a diagonal. Entries whose names come out the same are joined, in order.
+    N entries of one name are a pair of rank N r: one factor's blocks in a row, the other's diagonal.
 
     Args:
       name: the module's name template, or a `Split`.
@@ -72,7 +69,7 @@ class Share(NamedTuple):
 
     module: str
     slices: list[tuple[tuple, tuple]]  # indices that leave a (*m, r) and b (r, *n)
-    diagonal: Literal["a", "b"] = "b"  # the factor whose slices are joined on a diagonal
+    diagonal: Literal["a", "b"]  # the factor whose slices are joined on a diagonal
 
 
 def take(share: Share, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -95,7 +92,7 @@ def _diagonal(blocks: Sequence[np.ndarray]) -> np.ndarray:
 def plan(
     pairs: Sequence[Pair], leaves: Sequence[Any], modules: Mapping[str, Target]
 ) -> dict[str, list[Share]]:
-    """{pair's path: its shares}; raises ValueError unless every module has one share."""
+    """{pair's path: its shares}; raises ValueError for a module that is named twice."""
     check_matches("modules", modules, [pair.path for pair in pairs])
     planned = {pair.path: _shares(pair, leaves, modules) for pair in pairs}
     owners: dict[str, str] = {}
@@ -104,8 +101,7 @@ def plan(
             if share.module in owners:
                 raise ValueError(
                     f"modules names {share.module} twice, for {owners[share.module]} and {path}; "
-                    "keep them apart by the regex's groups, \\1, and the indices of the batch axes "
-                    "(stacked layers), {0}, {1}. Heads that have a pair each take a Join"
+                    "keep them apart by groups, \\1, and batch indices, {0}, or pass a Join"
                 )
             owners[share.module] = path
     return planned
@@ -116,24 +112,18 @@ def _shares(pair: Pair, leaves: Sequence[Any], modules: Mapping[str, Target]) ->
     hits = [match.re.pattern for match in matches]
     if len(hits) != 1:
         problem = f"is matched by {hits}; make them disjoint" if hits else "is matched by none"
-        raise ValueError(
-            f"modules must name the Hugging Face module of every pair: {pair.path} {problem}"
-        )
+        raise ValueError(f"modules must name the module of every pair: {pair.path} {problem}")
     join, target = None, modules[hits[0]]
     if isinstance(target, Join):
         join, target = target, target.name
-    shares: list[Share] = []
+    shares: dict[str | int, Share] = {}
     for index in np.ndindex(*(leaves[pair.a].shape[axis] for axis in pair.a_axes.batch)):
         for template, a, b in _parts(pair, leaves, target, index):
             module = _name(template, matches[0], index)
-            shares.append(Share(module, [((*index, *a), (*index, *b))]))
-    if join is None:
-        return shares
-    joined: dict[str, Share] = {}
-    for share in shares:
-        first = joined.setdefault(share.module, Share(share.module, [], join.factor))
-        first.slices.extend(share.slices)
-    return list(joined.values())
+            key = module if join else len(shares)  # only joined entries may have one name
+            share = shares.setdefault(key, Share(module, [], join.factor if join else "b"))
+            share.slices.append(((*index, *a), (*index, *b)))
+    return list(shares.values())
 
 
 def _name(template: str, match: re.Match, index: tuple[int, ...]) -> str:
@@ -149,27 +139,23 @@ def _name(template: str, match: re.Match, index: tuple[int, ...]) -> str:
     return name
 
 
-def _parts(
-    pair: Pair, leaves: Sequence[Any], split: str | Split, index: tuple[int, ...]
-) -> list[tuple[str, tuple, tuple]]:
+def _parts(pair: Pair, leaves: Sequence, split: str | Split, index: tuple) -> list[tuple]:
     """(template, slices of a, slices of b) of each module at one index of the batch axes."""
     if isinstance(split, str):
         return [(split, (), ())]
     axes, leaf = (pair.a_axes, pair.a) if split.factor == "a" else (pair.b_axes, pair.b)
     shape, count = leaves[leaf].shape, len(split.names)
     axis = split.axis + len(shape) if split.axis < 0 else split.axis
-    if axis not in (*axes.batch, *axes.others):
-        raise ValueError(
-            f"{pair.path}: axis {split.axis} of {split.factor} cannot be split; of its "
-            f"{len(shape)} axes these can: {sorted((*axes.batch, *axes.others))}"
-        )
+    where, divisible = f"{pair.path}: axis {split.axis} of {split.factor}", axes.batch + axes.others
+    if axis not in divisible:
+        raise ValueError(f"{where} cannot be split; these axes can: {sorted(divisible)}")
     equal = (1 if axis in axes.batch else shape[axis] // max(count, 1),) * count
     sizes = equal if split.sizes is None or axis in axes.batch else split.sizes
     if len(sizes) != count or sum(sizes) != shape[axis] or min(sizes) < 1:
+        parts = "equal parts" if split.sizes is None else f"sizes={split.sizes}"
         raise ValueError(
-            f"{pair.path}: axis {split.axis} of {split.factor} has size {shape[axis]}, which "
-            f"{'equal parts' if split.sizes is None else f'sizes={split.sizes}'} cannot divide "
-            f"among {count} modules; pass Split(..., sizes=(...))"
+            f"{where} has size {shape[axis]}, which {parts} cannot divide among {count} modules; "
+            "pass Split(..., sizes=(...))"
         )
     if axis in axes.batch:  # both factors have it, and every entry is a whole pair
         return [(split.names[index[axes.batch.index(axis)]], (), ())]

@@ -13,8 +13,7 @@ __all__ = ["FLAX", "QWIX", "GEMMA", "OPENPI", "PEFT", "LORAX", "MAXDIFFUSION"]
 QWIX = Layout(a=r"(?P<pair>.+_)lora_a", b=r"(?P<pair>.+_)lora_b")
 """Qwix, and with it Tunix and MaxText: <kernel>_lora_a beside the kernel.
 
-An einsum's a keeps the kernel's axes that are contracted or batched, b the others: a stack of
-experts with b in common is one matrix of E D rows.
+An einsum's a keeps the kernel's contracted and batched axes (experts: E D rows), b the others.
 """
 
 GEMMA = Layout(a=r"(?P<pair>(.*/)?lora)/a", b=r"(?P<pair>(.*/)?lora)/b")
@@ -51,10 +50,7 @@ PEFT = Layout(
     b=r"(?P<pair>.+[/.])lora_B([/.][^/.]+)?[/.]weight",
     infer=_torch,
 )
-"""Hugging Face PEFT, levanter and haliax: lora_A.weight (r, in) and lora_B.weight (out, r).
-
-An adapter's name may stand between: lora_A.default.weight.
-"""
+"""Hugging Face PEFT, levanter, haliax: lora_A.weight, lora_A.<name>.weight (r, in), B (out, r)."""
 
 LORAX = Layout(a=r"(?P<pair>.+)/b", b=r"(?P<pair>.+)/a")
 """lorax: LoraWeight(w, a, b), whose b (in, r) is our a and whose a (r, out) is our b.

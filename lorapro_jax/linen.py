@@ -1,8 +1,8 @@
 """LoRA on Linen models: y = x (K + s a b) + bias at every adapted Dense, by nn.intercept_methods.
 
-The factors live in a tree of their own, pruned to the adapted layers: the kernel at
-params["layer"]["kernel"] has lora["layer"]["lora_a"] (m, r) and ["lora_b"] (r, n) beside it, where
-m and n are all of the kernel's input and output axes. `params` and the model's code do not change.
+The factors live in a tree of their own: the kernel at params["layer"]["kernel"] has
+lora["layer"]["lora_a"] (m, r) and ["lora_b"] (r, n); m and n are all of the kernel's input and
+output axes. `params` and the model's code do not change.
 """
 
 import inspect
@@ -35,26 +35,18 @@ def _by_module(tree: Any, name: str) -> dict[str, Any]:
     return {module: leaf for (module, _, last), leaf in split if last == name}
 
 
-def _matrix_shape(shape: tuple[int, ...], inputs: int) -> tuple[int, int]:
-    """(m, n) of a kernel whose first `inputs` axes are inputs."""
-    return math.prod(shape[:inputs]), math.prod(shape[inputs:])
-
-
 def _input_axes(path: str, shape: tuple[int, ...], declared: Mapping[str, int]) -> int:
     """How many leading axes of a kernel are inputs: one of two, or what the caller declares."""
     found = {count for pattern, count in declared.items() if re.fullmatch(pattern, path)}
-    where = f"{path}/kernel has shape {shape}"
-    if len(found) > 1:
-        raise ValueError(f"{path}: the patterns of input_axes disagree: {sorted(found)}")
-    if not found and len(shape) != 2:
+    found = found or ({1} if len(shape) == 2 else set())
+    if len(found) != 1 or not 0 < min(found) < len(shape):
+        counts = " or ".join(map(str, sorted(found))) or "no"
         raise ValueError(
-            f"{where}: declare how many leading axes are inputs, input_axes={{{re.escape(path)!r}: "
-            "1}} or 2. Leave layers stacked by nn.scan or nn.vmap out of targets"
+            f"{path}/kernel has shape {shape}, and input_axes declares {counts} input axes. Its "
+            f"patterns may not disagree: input_axes={{{re.escape(path)!r}: 1}}, or more, but not "
+            "all. Leave layers stacked by nn.scan or nn.vmap out of targets"
         )
-    count = found.pop() if found else 1
-    if not 0 < count < len(shape):
-        raise ValueError(f"{where}, and input_axes declares {count} input axes of them")
-    return count
+    return min(found)
 
 
 def init_lora(
@@ -104,7 +96,7 @@ def init_lora(
     for path, kernel in kernels.items():
         if re.fullmatch(targets, path):
             inputs = _input_axes(path, kernel.shape, input_axes or {})
-            shape = _matrix_shape(kernel.shape, inputs)
+            shape = math.prod(kernel.shape[:inputs]), math.prod(kernel.shape[inputs:])
             factors = _adapter.factor_dtype(dtype, kernel.dtype)
             a, b = _adapter.init_pair(key, path, shape, rank, factors)
             flat |= {f"{path}/lora_a".lstrip("/"): a, f"{path}/lora_b".lstrip("/"): b}
@@ -118,28 +110,23 @@ def _pairs(lora: Any) -> dict[str, tuple[Array, Array]]:
             raise ValueError(f"{path} in the lora tree is neither lora_a nor lora_b; remove it")
     a, b = _by_module(lora, "lora_a"), _by_module(lora, "lora_b")
     for path in sorted(a.keys() ^ b.keys()):
-        missing = "lora_b" if path in a else "lora_a"
-        raise ValueError(f"{path or 'the root'} has no {missing}; pass both factors")
+        raise ValueError(f"{path or 'the root'} has no lora_{'b' if path in a else 'a'}; pass both")
     return {path: (a[path], b[path]) for path in sorted(a)}
 
 
 def _adapted_call(next_call, inputs, module: Any, path: str, a: Array, b: Array):
     """The intercepted Dense with (x a) b added."""
     if getattr(module, "batch_dims", ()):
-        raise ValueError(
-            f"{path} has batch_dims {module.batch_dims}, a kernel for each batch entry: leave it "
-            "out of targets"
-        )
+        raise ValueError(f"{path} has batch_dims {module.batch_dims}; leave it out of targets")
     y = next_call(inputs)
     axis = getattr(module, "axis", -1)
     axis = (axis,) if isinstance(axis, int) else tuple(axis)
     kernel = meta.unbox(module.get_variable("params", "kernel"))
-    m, n = _matrix_shape(kernel.shape, len(axis))
+    m, n = math.prod(kernel.shape[: len(axis)]), math.prod(kernel.shape[len(axis) :])
     if (a.shape, b.shape) != ((m, *a.shape[-1:]), (*a.shape[-1:], n)):
         raise ValueError(
-            f"{path}: the kernel {kernel.shape} needs lora_a ({m}, r) and lora_b (r, {n}), which "
-            f"are {a.shape} and {b.shape}; make them by init_lora, with input_axes as the layer "
-            "contracts. Factors stacked for nn.scan are not supported"
+            f"{path}: the kernel {kernel.shape} needs lora_a ({m}, r) and lora_b (r, {n}), not "
+            f"{a.shape} and {b.shape}; check input_axes. Factors cannot be stacked for nn.scan"
         )
     x, a, b = module.promote_dtype(inputs, a, b, dtype=module.dtype)
     delta = _adapter.low_rank(_adapter.inputs_last(x, axis), a, b, module.precision)
@@ -246,8 +233,7 @@ def merge_lora(params: Any, lora: Any, scale: Scale) -> Any:
         kernel = kernels[path]
         if kernel.size != a.shape[0] * b.shape[-1] or a.shape[-1] != b.shape[0]:
             raise ValueError(
-                f"{path}: lora_a {a.shape} and lora_b {b.shape} do not make a matrix of the "
-                f"kernel's size, {kernel.shape}; pass the tree that init_lora made for these params"
+                f"{path}: lora_a {a.shape}, lora_b {b.shape} do not make a matrix of {kernel.shape}"
             )
         i = paths.index(f"{path}/kernel".lstrip("/"))
         leaves[i] = _adapter.fold(kernel, a, b, scale_at(scale, path))

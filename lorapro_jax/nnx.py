@@ -17,7 +17,7 @@ from lorapro_jax._paths import check_matches
 
 def _adapted_call(self: Any, inputs, out_sharding=None):
     """The base layer's output with s (x a) b added."""
-    base = nnx.LinearGeneral if isinstance(self, nnx.LinearGeneral) else nnx.Linear
+    base = nnx.LinearGeneral if hasattr(self, "axis") else nnx.Linear
     y = base.__call__(self, inputs, out_sharding=out_sharding)
     x = inputs if self.lora_dropout is None else self.lora_dropout(inputs)
     b = self.lora_b[...] * self.lora_scale
@@ -61,9 +61,8 @@ def _targets(model: nnx.Module, pattern: str) -> dict[str, Any]:
                 raise ValueError(f"{path} has an adapter already; merge_lora it first")
             if not found:
                 raise ValueError(
-                    f"targets {pattern!r} matches no layer that can be adapted: {path!r} is a "
-                    f"{type(module).__name__}; supported are exactly nnx.Linear and "
-                    "nnx.LinearGeneral"
+                    f"targets {pattern!r} matches no linear layer: {path!r} is a "
+                    f"{type(module).__name__}; supported are exactly nnx.Linear, nnx.LinearGeneral"
                 )
     check_matches("targets", [pattern], supported)
     return found
@@ -76,9 +75,8 @@ def _matrix_shape(path: str, module: Any) -> tuple[int, int]:
     batch = dict(getattr(module, "batch_axis", {}))
     if batch or len(shape) != inputs + outputs:
         raise ValueError(
-            f"{path}/kernel has shape {shape} and batch_axis {batch}, expected {inputs} input and "
-            f"{outputs} output axes alone; leave it out of targets, or call add_lora inside the "
-            "function that nnx.vmap maps"
+            f"{path}/kernel has shape {shape} and batch_axis {batch}, not {inputs} + {outputs} "
+            "axes; leave it out of targets, or call add_lora inside the function that nnx.vmap maps"
         )
     return math.prod(shape[:inputs]), math.prod(shape[inputs:])
 
@@ -122,8 +120,6 @@ def add_lora(
       >>> lora.add_lora(model, rank=2, targets=r"layers/0", rngs=nnx.Rngs(1))
       >>> jax.tree.map(jnp.shape, nnx.to_pure_dict(nnx.state(model, nnx.LoRAParam)))
       {'layers': {0: {'lora_a': (4, 2), 'lora_b': (2, 16)}}}
-      >>> model.layers[0].lora_scale
-      8.0
 
     References:
       LoRA, arXiv:2106.09685, section 4.1; rsLoRA, arXiv:2312.03732, theorem 3.2.
@@ -157,7 +153,6 @@ def merge_lora(model: nnx.Module) -> None:
       ValueError: the model has no adapter.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> from lorapro_jax import nnx as lora
       >>> model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))

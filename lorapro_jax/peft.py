@@ -1,7 +1,6 @@
 """Adapters as Hugging Face PEFT's files: W x + scale B A x, with A = aᵀ (r, in), B = bᵀ (out, r).
 
-`modules` says which PyTorch module a pair stands for, in both directions. PEFT and PyTorch are not
-needed; the package safetensors is (`pip install "lorapro-jax[peft]"`). Nothing is ever unpickled.
+PEFT and PyTorch are not needed; the package safetensors is (`pip install "lorapro-jax[peft]"`).
 """
 
 import math
@@ -40,14 +39,13 @@ def save(
 ) -> None:
     """Writes every pair of `lora` as an adapter that `peft.PeftModel.from_pretrained` loads.
 
-    K0 + s a b becomes W + (alpha / r) B A with A = aᵀ, B = bᵀ. Ranks and scales may differ between
-    pairs (rank_pattern, alpha_pattern); PEFT computes s again, up to the last digit of float64. An
-    older adapter in the folder is replaced, and stays whole if the new one cannot be written.
+    K0 + s a b becomes W + (alpha / r) B A with A = aᵀ, B = bᵀ; pairs may differ in rank and scale.
+    An older adapter in the folder is replaced, and stays whole if the new one cannot be written.
 
     Args:
       directory: the folder for adapter_model.safetensors and adapter_config.json.
       lora: a pytree with the factors: Linen dicts, an nnx.State; other leaves are left alone.
-      scale: the s of the forward pass: a number, or a callable of the pair's path.
+      scale: s, a number or a callable of the pair's path. PEFT's is s up to float64's last digit.
       modules: {regex of the pair's whole path: name of the PyTorch module}. Names take the regex's
         groups as \\1 and the indices on the batch axes (stacked layers) as {0}, {1}. Instead of a
         name, a `Split` is for a pair that covers several modules, a `Join` for batch entries that
@@ -136,16 +134,22 @@ def load(
         raise ValueError("pass like= and modules= together, or neither of them")
     adapters = _peft_files.read(pathlib.Path(directory))
     if like is None:
-        by_path = {module.replace(".", "/"): adapter for module, adapter in adapters.items()}
-        a = {f"{path}/lora_a": jnp.asarray(adapter.A.T) for path, adapter in by_path.items()}
-        b = {f"{path}/lora_b": jnp.asarray(adapter.B.T) for path, adapter in by_path.items()}
-        return unflatten_dict(a | b, sep="/"), {
-            path: adapter.scale for path, adapter in by_path.items()
-        }
+        flat, scales = {}, {}
+        for module, (A, B, scale) in adapters.items():
+            flat |= {f"{module}.lora_a": jnp.asarray(A.T), f"{module}.lora_b": jnp.asarray(B.T)}
+            scales[module.replace(".", "/")] = scale
+        return unflatten_dict(flat, sep="."), scales
     paths, leaves, treedef = _layouts.flatten(like)
     pairs = _layouts.find_pairs(paths, leaves, layout, require_pairs=True)
     shares, scales = plan(pairs, leaves, modules or {}), {}
-    _check_modules(directory, {s.module for found in shares.values() for s in found}, adapters)
+    expected = {share.module for found in shares.values() for share in found}
+    missing, further = expected - adapters.keys(), adapters.keys() - expected
+    for problem, names in (("has no adapter for", missing), ("also adapts", further)):
+        if names:
+            raise ValueError(
+                f"{directory} {problem} {len(names)} modules: {', '.join(sorted(names)[:3])}; load "
+                "it without `like` and `modules`, which must cover them all, to see what it holds"
+            )
     for pair in pairs:
         found = [(share, adapters[share.module]) for share in shares[pair.path]]
         by_scale = {adapter.scale: share.module for share, adapter in found}
@@ -156,18 +160,9 @@ def load(
                 "the adapter without `like`, or into a tree with a pair for each"
             )
         (scales[pair.path],) = by_scale
-        _layouts.write(pair, *map(jnp.asarray, _assemble(pair, leaves, found)), leaves)
+        a, b = map(jnp.asarray, _assemble(pair, leaves, found))
+        _layouts.write(pair, a, b, leaves)
     return jax.tree.unflatten(treedef, leaves), scales
-
-
-def _check_modules(directory, expected: set[str], adapters: Mapping[str, Adapter]) -> None:
-    missing, further = expected - adapters.keys(), adapters.keys() - expected
-    for problem, names in (("has no adapter for", missing), ("also adapts", further)):
-        if names:
-            raise ValueError(
-                f"{directory} {problem} {len(names)} modules: {', '.join(sorted(names)[:3])}; load "
-                "it without `like` and `modules`, which must cover them all, to see what it holds"
-            )
 
 
 def _assemble(
@@ -197,9 +192,7 @@ def _assemble(
     return factors
 
 
-def _places(
-    pair: Pair, share: Share, adapter: Adapter, a: np.ndarray, b: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _places(pair: Pair, share: Share, adapter: Adapter, a: Any, b: Any) -> tuple[Any, Any]:
     """The number in a and b of each entry of A and B; 0 off a diagonal of joined blocks."""
     A, B = take(share, a, b)
     if (adapter.A.shape, adapter.B.shape) != (A.shape, B.shape):
