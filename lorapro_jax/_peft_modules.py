@@ -44,7 +44,7 @@ class Split:
 class Join:
     """One Hugging Face module that several batch entries of a pair adapt side by side.
 
-    N entries of one name are a pair of rank N r: one factor's blocks in a row, the other's diagonal.
+    N entries of one name are one pair of rank N r: blocks in a row, of `factor` on a diagonal.
 
     Args:
       name: the module's name template, or a `Split`.
