@@ -3,8 +3,7 @@
 The truth is the mode's definition in dense float64 arrays (oracle.py) at the factors and gradients
 that the float32 run had, step by step. Of every step of the weight:
 
-  bound   its norm is at most rate · sqrt(m n) · threshold; `squared_norm` allows 5% where the
-          damping acts
+  bound   its norm is at most rate · sqrt(m n) · threshold
   error   it is the definition's up to `allowance` of that bound; so rows and columns without a
           gradient move no further than the definition says
   dead    the definition moves them less than the others
@@ -31,15 +30,17 @@ KAPPAS = [1, 1e2, 1e4]
 def allowance(mode, shape, kappa, floor=0.01):
     """Of a step's error over its bound.
 
-    A rounding error of the projections is κ eps of their largest entry, where the damping lets
-    it grow so far (to 1e3, at 1e-6), and the division by sqrt(v^) enlarges small entries by 1/floor.
+    The projections are off by some roundings times κ, where the damping lets κ act (to 1e3, at
+    1e-6), and the division by sqrt(v^) enlarges small entries by 1/floor.
+
     In factored mode the averages of h_a belong to the b that was. Where r is above a side, they
-    have a part of the step's size along the null space of the b that is. It vanishes but for the
-    Gram's rounding over the damping, an eighth.
+    have a part of the step's size, RATE κ beside b, along the null space of the b that is. It
+    vanishes but for the Gram's rounding over the damping, an eighth; a column that is small is
+    enlarged by 1/sqrt(floor). At this rate nothing but the bound is claimed beyond κ = 8.
     """
     m, r, n = shape
-    old = RATE * min(kappa, 1e2) / 8 if mode == "factored" and r > min(m, n) else 0
-    return 20 * EPS * min(kappa, 1e3) / floor + old
+    old = RATE * kappa / 8 / np.sqrt(floor) if mode == "factored" and r > min(m, n) else 0
+    return 40 * EPS * min(kappa, 1e3) / floor + (old if old < 0.1 else 2)
 
 
 def check(seen, truth, rows, columns, kappa, bound, allowed):
@@ -47,7 +48,7 @@ def check(seen, truth, rows, columns, kappa, bound, allowed):
     for step, (a, b, h_a, h_b, da, db) in enumerate(zip(*seen, strict=True)):
         found, expected = oracle.step(a, b, da, db, SCALE), -RATE * truth(a, b, h_a, h_b)
         assert np.all(np.isfinite(found))
-        assert np.max(oracle.norm(found)) <= 1.06 * bound
+        assert np.max(oracle.norm(found)) <= 1.01 * bound
         error = oracle.norm(found - expected) / bound
         assert np.max(error) <= allowed, f"{np.max(error):.1e}, {np.argmax(error)}"
         if step == 0 and kappa <= 1e2:  # beyond, the damping moves what belongs to no direction
@@ -105,7 +106,9 @@ def moved(mode, shape, rate, dtype):
     b = 0.02 * rng.normal(size=(pairs, r, n))
     rows, columns = rng.random((pairs, m, 1)) < 0.25, rng.random((pairs, 1, n)) < 0.25 * (n > 4)
     G = rng.normal(size=(pairs, 50, m, n)) * ~(rows | columns)[:, None]
-    seen, _ = trees.run(lp.lorapro_adamw(rate, SCALE, mode=mode), a, b, G, dtype)
+    # float32's least damping in float64 too
+    tx = lp.lorapro_adamw(rate, SCALE, mode=mode, damping=8 * EPS * r)
+    seen, _ = trees.run(tx, a, b, G, dtype)
     last, first = (seen[0][-1] + seen[4][-1]) @ (seen[1][-1] + seen[5][-1]), seen[0][0] @ seen[1][0]
     squares = (SCALE * (last - first)) ** 2
     groups = (rows & ~columns, columns & ~rows, ~(rows | columns))
@@ -120,9 +123,9 @@ def moved(mode, shape, rate, dtype):
 )
 @pytest.mark.parametrize("rate", [1e-3, pytest.param(1e-4, marks=pytest.mark.slow)])
 def test_inputs_and_outputs_that_never_occur_move_less_than_the_others(x64, mode, shape, rate):
-    """In float32 as in float64: by at most .3 of the others' more than there."""
+    """In float32 as in float64: by at most a tenth of the others' more than there."""
     exact, found = (moved(mode, shape, rate, dtype) for dtype in (jnp.float64, jnp.float32))
     assert max(exact[:2]) < exact[2]
     assert max(found[:2]) < found[2]
     np.testing.assert_allclose(found[2], exact[2], rtol=0.01)
-    assert all(x <= y + 0.3 * exact[2] for x, y in zip(found[:2], exact[:2], strict=True))
+    assert all(x <= y + 0.1 * exact[2] for x, y in zip(found[:2], exact[:2], strict=True))
