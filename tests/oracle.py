@@ -108,6 +108,12 @@ class Damped:
         rest = U - self.right(U)
         return U - rest + self.left(rest)
 
+    def factors(self, U):
+        """(da, db) of U's tangent vector; the larger factor's partner takes what both reach."""
+        a_larger = np.sum(self.a**2) >= np.sum(self.b**2)
+        rest_a, rest_b = (U - self.left(U), U) if a_larger else (U, U - self.right(U))
+        return rest_a @ T(self.b) @ self.Q / self.s, self.P @ T(self.a) @ rest_b / self.s
+
     def of_gradients(self, h_a, h_b):
         """The same of the G that h_a = s G bᵀ and h_b = s aᵀ G know, and its three parts."""
         along_b = h_a @ self.Q @ self.b / self.s

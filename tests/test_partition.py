@@ -48,7 +48,7 @@ def test_every_leaf_gets_a_label(wrap):
 
 
 @every_container
-@pytest.mark.parametrize("mode", ["full", "efficient"])
+@pytest.mark.parametrize("mode", ["full", "factored"])
 def test_the_base_does_not_move_and_holds_no_state(wrap, mode):
     params, grads = with_base()
     params, grads = wrap(params), wrap(grads)
@@ -115,7 +115,7 @@ class Model(nnx.Module):
         return x
 
 
-@pytest.mark.parametrize("mode", ["full", "efficient"])
+@pytest.mark.parametrize("mode", ["full", "factored"])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_nnx_optimizer_trains_the_adapters_only(mode, frozen):
     """wrt=LoRAParam, and wrt=Param with freeze_base, on flax's own LoRALinear."""
