@@ -15,14 +15,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from lorapro_jax._checks import check_between, check_one_of, check_positive
 from lorapro_jax._groups import Group, Scale, factor_zeros, over_batch
 from lorapro_jax._layouts import Layout, kernel_spec
 from lorapro_jax._moments import correction, mean, mean_root, positive, unit
 from lorapro_jax._pairwise import Rule, in_pairs, pairwise
-from lorapro_jax._retraction import retract
+from lorapro_jax._retraction import retraction_rule
 from lorapro_jax._sharding import explicit, spec_of
 from lorapro_jax._tangent import (
     Factors,
@@ -57,7 +57,6 @@ class Numbers(NamedTuple):
 class FactoredState(NamedTuple):
     """State of factored mode, {group: array}; in the factors' dtype, float32 or better."""
 
-    count: Int[Array, ""]  # steps taken
     mu_a: Any  # (*batch, *m, r) averages of h_a, in mu_dtype if given
     mu_b: Any  # (*batch, r, *n) averages of h_b
     row: Any  # (*batch, *m) root mean squares of g~ over each row
@@ -67,7 +66,6 @@ class FactoredState(NamedTuple):
 class FullState(NamedTuple):
     """State of full mode, {group: array}; in the factors' dtype, float32 or better."""
 
-    count: Int[Array, ""]  # steps taken
     mu: Any  # (*batch, *m, *n) averages of g~, in mu_dtype if given
     rms: Any  # (*batch, *m, *n) roots of the averages of g~²
     size: Any  # (*batch,) root mean squares of g~ over its entries and steps
@@ -234,17 +232,32 @@ def scale_by_lorapro_adam(
       of Shazeer and Stern, Adafactor, arXiv:1804.04235, as are the bound and, by another name, the
       floor; AdaPreLoRA, arXiv:2605.08734, uses the same means as a metric.
     """
-    check_one_of("mode", mode, ("factored", "full"))
     numbers = Numbers(b1, b2, eps, floor, clipping_threshold, damping, mu_dtype)
+    common: Any = {"layout": layout, "require_pairs": require_pairs}
+    pairs = pairwise(direction_rule(mode, numbers), scale=scale, **common)
+    return in_pairs(pairs, optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype), **common)
+
+
+def direction_rule(mode: str, numbers: Numbers) -> Rule:
+    """The rule of a mode, its numbers checked."""
+    check_one_of("mode", mode, ("factored", "full"))
     ranges = {"b1": 1.0, "b2": 1.0, "eps": jnp.inf, "floor": jnp.inf, "damping": jnp.inf}
     for name, high in ranges.items():
         check_between(name, getattr(numbers, name), 0.0, high)
-    if clipping_threshold is not None:
-        check_positive("clipping_threshold", clipping_threshold)
-    rule = factored_rule(numbers) if mode == "factored" else full_rule(numbers)
-    others = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype)
-    pairs = pairwise(rule, scale, layout, require_pairs=require_pairs)
-    return in_pairs(pairs, others, layout, require_pairs=require_pairs)
+    if numbers.clip is not None:
+        check_positive("clipping_threshold", numbers.clip)
+    return factored_rule(numbers) if mode == "factored" else full_rule(numbers)
+
+
+def rate_rule(learning_rate: optax.ScalarOrSchedule) -> Rule:
+    """`optax.scale_by_learning_rate` for stacked pairs."""
+
+    def update(group: Group, p: Factors, step: Step, state: tuple, count: Array):
+        rate = learning_rate(count - 1) if callable(learning_rate) else learning_rate
+        rate = jnp.asarray(rate, p.a.dtype)
+        return (-rate * step[0], -rate * step[1]), state
+
+    return Rule(update)
 
 
 def lorapro_adamw(
@@ -265,9 +278,11 @@ def lorapro_adamw(
     layout: Layout | None = None,
     require_pairs: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    """LoRA-Pro's AdamW: a chain of the direction, decay, the learning rate and the retraction.
+    """LoRA-Pro's AdamW: the direction, the learning rate, the retraction, and decay.
 
-        optax.chain(scale_by_lorapro_adam(...), decay, scale_by_learning_rate(rate), retract(...))
+        optax.chain(scale_by_lorapro_adam(...), scale_by_learning_rate(rate), retract(...), decay)
+
+    in which the first three share one stack of the pairs.
 
     Whatever stands before or after it in a chain acts as on `optax.adamw`. Weight decay is
     decoupled and acts on what was learnt, s a b: each factor decays by half of it. The base weights
@@ -308,27 +323,24 @@ def lorapro_adamw(
     """
     check_between("learning_rate", learning_rate, 0.0, jnp.inf)
     check_between("weight_decay", weight_decay, 0.0, jnp.inf)
+    numbers = Numbers(b1, b2, eps, floor, clipping_threshold, damping, mu_dtype)
+    rules = (
+        direction_rule(mode, numbers),
+        rate_rule(learning_rate),
+        retraction_rule(radius, damping),
+    )
     common: Any = {"layout": layout, "require_pairs": require_pairs}
+    pairs = pairwise(*rules, scale=scale, **common)
+    others = optax.adam(learning_rate, b1, b2, eps, mu_dtype=mu_dtype)
 
-    half: Any = weight_decay / 2 if not callable(weight_decay) else lambda t: weight_decay(t) / 2
-    decay = in_pairs(
-        optax.add_decayed_weights(half, mask),
-        optax.add_decayed_weights(weight_decay, mask),
-        **common,
-    )
-    direction = scale_by_lorapro_adam(
-        scale,
-        mode=mode,
-        b1=b1,
-        b2=b2,
-        eps=eps,
-        floor=floor,
-        clipping_threshold=clipping_threshold,
-        damping=damping,
-        mu_dtype=mu_dtype,
-        **common,
-    )
-    rate = optax.scale_by_learning_rate(learning_rate)
+    def decay(share: float) -> optax.GradientTransformation:
+        if not (callable(learning_rate) or callable(weight_decay)):
+            return optax.add_decayed_weights(-share * learning_rate * weight_decay, mask)
+        rate, wd = (
+            x if callable(x) else optax.constant_schedule(x) for x in (learning_rate, weight_decay)
+        )
+        return optax.add_decayed_weights(lambda count: -share * rate(count) * wd(count), mask)
+
     return optax.chain(
-        direction, decay, rate, retract(scale, radius=radius, damping=damping, **common)
+        in_pairs(pairs, others, **common), in_pairs(decay(0.5), decay(1.0), **common)
     )

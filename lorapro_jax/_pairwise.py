@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from lorapro_jax._checks import check_scale
 from lorapro_jax._groups import (
@@ -30,78 +30,122 @@ from lorapro_jax._layouts import (
 )
 from lorapro_jax._tangent import Factors
 
-# (group, factors, (da, db), the group's state, number of this step from 1) -> ((da, db), new state)
-Update = Callable[[Group, Factors, tuple[Array, Array], Any, Array], tuple[Any, Any]]
+Step = tuple[Array, Array]  # (h_a, h_b) or (da, db)
 
 
 class Rule(NamedTuple):
-    """What is done to each group. A rule without state has `state` None."""
+    """What is done to each group; a chain of rules is applied to arrays that are stacked once."""
 
-    update: Update
-    state: Any = None  # NamedTuple type: count, then fields that are {group: array}
-    init: Callable[[Group, Sequence[Any]], tuple[Any, ...]] = lambda group, leaves: ()
-    gradients: bool = True  # whether the updates are gradients; otherwise steps
+    # (group, factors, step, the group's fields, number of this step from 1) -> (step, new fields)
+    update: Callable[[Group, Factors, Step, tuple[Array, ...], Array], tuple[Step, tuple]]
+    state: Any = None  # NamedTuple type whose fields are {group: array}; None: stateless
+    init: Callable[[Group, Sequence[Any]], tuple[Array, ...]] = lambda group, leaves: ()
     joins: bool = True  # whether groups of one shape are taken at once: fewer kernels, and a copy
 
 
+class PairsState(NamedTuple):
+    """State of a chain of rules on pairs."""
+
+    count: Int[Array, ""]  # steps taken
+    rules: tuple[Any, ...]  # that of each rule that has one
+
+
 def pairwise(
-    rule: Rule, scale: Scale, layout: Layout | None, *, require_pairs: bool
+    *rules: Rule,
+    scale: Scale,
+    layout: Layout | None,
+    require_pairs: bool,
+    gradients: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    """The rule on every pair; leaves in no pair pass through."""
+    """The rules one after the other on every pair; leaves in no pair pass through.
+
+    `gradients` tells whether the first rule's updates are gradients or steps.
+    """
     check_scale(scale)
-    fields = rule.state._fields[1:] if rule.state else ()
+    held = [rule for rule in rules if rule.state]
+
+    def apply(group: Group, p: Factors, step: Step, fields: Sequence[tuple], count: Array):
+        new, left = [], iter(fields)
+        for rule in rules:
+            own = next(left) if rule.state else ()
+            step, made = rule.update(group, p, step, own, count)
+            new += [made] if rule.state else []
+        return step, new
+
     # compiled once for all groups of one shape, and eagerly too
-    apply = jax.jit(rule.update, static_argnums=0)
+    compiled = jax.jit(apply, static_argnums=0)
+    joins = all(rule.joins for rule in rules)
 
     def find(paths: list[str], leaves: list[Any]) -> dict[str, Group]:
         check_leaves(paths, leaves)
         return groups(find_pairs(paths, leaves, layout, require_pairs=require_pairs), leaves)
+
+    def states(found: dict[str, Group], leaves: Sequence[Any]) -> tuple[Any, ...]:
+        made = {name: [rule.init(group, leaves) for rule in held] for name, group in found.items()}
+        return _states(held, made)
 
     def init(params):
         paths, leaves, _ = flatten(params)
         if require_pairs:
             check_not_empty(params, leaves)
         found = find(paths, leaves)
-        if not rule.state:
+        if not held:
             return optax.EmptyState()
         count = jnp.zeros((), jnp.int32)
         if not leaves:  # optax.tree.map_params' placeholder: a leaf stands for any subtree
-            return rule.state(count, *(count for _ in fields))
-        return _state(rule, count, {name: rule.init(g, leaves) for name, g in found.items()})
+            return PairsState(
+                count, tuple(r.state(*(count for _ in r.state._fields)) for r in held)
+            )
+        return PairsState(count, states(found, leaves))
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
         paths, leaves, treedef = flatten(updates)
         values = aligned(paths, leaves, params)
-        found, new, states = find(paths, values), list(leaves), {}
+        found, new, made = find(paths, values), list(leaves), {}
         count = jnp.zeros((), jnp.int32)
-        if rule.state:
-            _check_state(rule, state, found, values)
+        if held:
+            needed = jax.eval_shape(lambda: states(found, values))
+            _check_state(PairsState(count, needed), state)
             count = jnp.asarray(optax.safe_increment(state.count))
-        for names in _alike(rule, found, values):
+        for names in _alike(found, values, joins=joins):
             group = joined([found[name] for name in names])
             a, b = stack(group, values)
             p = Factors(a, b, scale_of(group, scale, a))
-            steps = stack(group, leaves, gradients=rule.gradients)
-            held = ([getattr(state, field)[name] for name in names] for field in fields)
-            step, made = apply(_nameless(group), p, steps, tuple(map(join, held)), count)
+            step = stack(group, leaves, gradients=gradients)
+            fields = [
+                tuple(join([field[name] for name in names]) for field in of_rule)
+                for of_rule in (state.rules if held else ())
+            ]
+            step, fields = compiled(_nameless(group), p, step, fields, count)
             write_steps(group, step, new)
             ends = list(itertools.accumulate(found[name].batch[0] for name in names))
             for name, start, end in zip(names, [0, *ends], ends, strict=False):
-                states[name] = tuple(x[start:end] if len(names) > 1 else x for x in made)
-        fresh = _state(rule, count, states) if rule.state else state
+                part = slice(start, end) if len(names) > 1 else slice(None)
+                made[name] = [tuple(x[part] for x in of_rule) for of_rule in fields]
+        fresh = PairsState(count, _states(held, made)) if held else state
         return jax.tree.unflatten(treedef, new), fresh
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _alike(rule: Rule, found: dict[str, Group], leaves: Sequence[Array]) -> list[list[str]]:
+def _states(rules: Sequence[Rule], made: dict[str, list[tuple[Array, ...]]]) -> tuple[Any, ...]:
+    """{group: [fields of each rule]} as one state for each rule, of {group: array} fields."""
+    return tuple(
+        rule.state(
+            *({g: of[k][i] for g, of in made.items()} for i in range(len(rule.state._fields)))
+        )
+        for k, rule in enumerate(rules)
+    )
+
+
+def _alike(found: dict[str, Group], leaves: Sequence[Array], *, joins: bool) -> list[list[str]]:
     """The names of the groups, those of one shape together unless joining could move shards."""
     alike: dict[Any, list[str]] = {}
     for name, group in found.items():
-        joins = rule.joins and one_device(leaves[group.pairs[0].a])
         kind = (group.stacked, group.shapes[0][1:], group.shapes[1][1:], group.dtype)
-        alike.setdefault(kind if joins else name, []).append(name)
+        together = joins and one_device(leaves[group.pairs[0].a])
+        alike.setdefault(kind if together else name, []).append(name)
     return list(alike.values())
 
 
@@ -110,33 +154,31 @@ def _nameless(group: Group) -> Group:
     return group._replace(pairs=(group.pairs[0]._replace(path="", a=0, b=1),))
 
 
-def _state(rule: Rule, count: Array, by_group: dict[str, tuple[Any, ...]]) -> Any:
-    """{group: fields} as one {group: array} for each field."""
-    fields = range(len(rule.state._fields) - 1)
-    return rule.state(count, *({name: of[i] for name, of in by_group.items()} for i in fields))
-
-
-def _check_state(rule: Rule, state: Any, found: dict[str, Group], leaves: Sequence[Any]) -> None:
-    """Raises ValueError where the state is not of this rule or not of these pairs."""
-    kind, advice = rule.state.__name__, "make it anew with init(params), or restore the one saved"
-    if getattr(state, "_fields", None) != rule.state._fields:
+def _check_state(needed: PairsState, state: Any) -> None:
+    """Raises ValueError where the state is not of these rules or not of these pairs."""
+    advice = (
+        "make it anew with init(params), or restore the one that was saved with these parameters"
+    )
+    kinds, held = (
+        [type(x).__name__ for x in getattr(of, "rules", ())] or [type(of).__name__]
+        for of in (needed, state)
+    )
+    if kinds != held:
         raise ValueError(
-            f"the state is a {type(state).__name__}, and this transformation needs a {kind}: it "
-            f"was made in another mode or by another optimizer; {advice}"
+            f"the state is of {', '.join(held)}, and this transformation needs {', '.join(kinds)}: "
+            f"it was made in another mode or by another optimizer; {advice}"
         )
-    for i, field in enumerate(rule.state._fields[1:]):
-        held = {name: tuple(x.shape) for name, x in getattr(state, field).items()}
-        made = jax.eval_shape(
-            lambda i=i: {name: rule.init(group, leaves)[i] for name, group in found.items()}
-        )
-        needed = {name: tuple(x.shape) for name, x in made.items()}
-        for name in sorted(held.keys() | needed.keys()):
-            if held.get(name) != needed.get(name):
-                raise ValueError(
-                    f"{kind}.{field} does not fit the parameters: the state has "
-                    f"{held.get(name, 'nothing')} for {name!r}, the pairs need "
-                    f"{needed.get(name, 'nothing')}. Ranks or layers have changed; {advice}"
-                )
+    for ours, theirs in zip(needed.rules, state.rules, strict=True):
+        for field, there in zip(ours._fields, theirs, strict=True):
+            here = getattr(ours, field)
+            for name in sorted(here.keys() | there.keys()):
+                shapes = [tuple(x[name].shape) if name in x else "nothing" for x in (there, here)]
+                if shapes[0] != shapes[1]:
+                    raise ValueError(
+                        f"{type(ours).__name__}.{field} does not fit the parameters: the state has "
+                        f"{shapes[0]} for {name!r}, the pairs need {shapes[1]}. Ranks or layers "
+                        f"have changed; {advice}"
+                    )
 
 
 def check_not_empty(params: Any, leaves: Sequence[Any]) -> None:

@@ -12,14 +12,14 @@ from lorapro_jax._pairwise import Rule, pairwise
 from lorapro_jax._tangent import Factors, frames, least_norm, tangent, to_factors
 
 
-def stateless(one: Any, *, gradients: bool) -> Rule:
+def stateless(one: Any) -> Rule:
     """The rule of (factors, da, db) -> (da, db) of one pair."""
 
     def update(group, p, steps, own, count):
         del count
         return over_batch(one, group)(p, *steps), own
 
-    return Rule(update, gradients=gradients)
+    return Rule(update)
 
 
 def lorapro(
@@ -71,8 +71,7 @@ def lorapro(
         f = frames(p, damping)
         return least_norm(p, *to_factors(f, tangent(f, h_a, h_b)), damping)
 
-    rule = stateless(one, gradients=True)
-    return pairwise(rule, scale, layout, require_pairs=require_pairs)
+    return pairwise(stateless(one), scale=scale, layout=layout, require_pairs=require_pairs)
 
 
 def minimum_norm(
@@ -112,4 +111,5 @@ def minimum_norm(
     def one(p: Factors, da: Array, db: Array) -> tuple[Array, Array]:
         return least_norm(p, da, db, damping)
 
-    return pairwise(stateless(one, gradients=False), 1.0, layout, require_pairs=require_pairs)
+    rule, common = stateless(one), {"layout": layout, "require_pairs": require_pairs}
+    return pairwise(rule, scale=1.0, gradients=False, **common)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from lorapro_jax._checks import check_between
 from lorapro_jax._groups import Group, Scale, factor_zeros, over_batch
@@ -35,7 +35,6 @@ _GROWTH, _DECAY = 1.25, 0.5  # of a step's size over the recent ones'; of their 
 class RetractState(NamedTuple):
     """State of `retract`, {group: array}."""
 
-    count: Int[Array, ""]  # steps taken
     recent: Any  # (*batch,) running root mean square of the steps' sizes
     bounded: Any  # (*batch,) in how many steps the bound acted
 
@@ -77,6 +76,15 @@ def retract(
     References:
       Absil and Oseledets, Low-rank retractions, 2015: retractions by alternating projections.
     """
+    rule, common = (
+        retraction_rule(radius, damping),
+        {"layout": layout, "require_pairs": require_pairs},
+    )
+    return pairwise(rule, scale=scale, gradients=False, **common)
+
+
+def retraction_rule(radius: Any, damping: Any) -> Rule:
+    """The rule of `retract`."""
     check_between("damping", damping, 0.0, float("inf"))
     if radius is not None:
         check_between("radius", radius, 0.0, float("inf"))
@@ -86,7 +94,7 @@ def retract(
         each = jnp.sum(a, axis=range(len(group.batch), a.ndim))
         return each, each.astype(jnp.int32)
 
-    def one(p: Factors, step: tuple[Array, Array], state: tuple[Array, Array]):
+    def one(p: Factors, step: tuple[Array, Array], state: tuple[Array, ...]):
         recent, bounded = state
         P, Q = gram_left(p.a, p.a), gram_right(p.b, p.b)
         size, factor = step_size(p, P, Q, *step), jnp.ones((), P.dtype)
@@ -102,8 +110,7 @@ def retract(
         del count
         return over_batch(one, group)(p, step, state)
 
-    rule = Rule(update, RetractState, init, gradients=False)
-    return pairwise(rule, scale, layout, require_pairs=require_pairs)
+    return Rule(update, RetractState, init)
 
 
 def step_size(
