@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from lorapro_jax._checks import check_between, check_scale
 from lorapro_jax._groups import Scale, groups, over_batch, scale_of, stack, unstack
 from lorapro_jax._layouts import Layout, find_pairs, flatten
-from lorapro_jax._pairwise import aligned
+from lorapro_jax._pairwise import PairsState, aligned
 from lorapro_jax._retraction import RetractState
 from lorapro_jax._sharding import gram_left, gram_right
 from lorapro_jax._tangent import Factors, frames, tangent, to_factors
@@ -106,12 +106,14 @@ def diagnose(
 
 def _bounded(state: Any) -> dict[str, Array]:
     """{group: share of the steps in which the bound acted}."""
-    nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, RetractState))
+    nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, PairsState))
     return {
         name: acted / jnp.maximum(node.count, 1)
         for node in nodes
-        if isinstance(node, RetractState)
-        for name, acted in node.bounded.items()
+        if isinstance(node, PairsState)
+        for rule in node.rules
+        if isinstance(rule, RetractState)
+        for name, acted in rule.bounded.items()
     }
 
 

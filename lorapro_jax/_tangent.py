@@ -5,7 +5,7 @@
     of a matrix G   H_a = G Bᵀ, H_b = Aᵀ G, C = Aᵀ G Bᵀ; X = H_a - A C, Y = H_b - C B
     tangent vector  T = X B + A C B + A Y, of orthogonal parts; so T = H_a B + A Y = X B + A H_b.
                     It is P_a G + G P_b - P_a G P_b, the paper's g~, nearest to G
-    factors         s (da b + a db) = T for (da, db) = (X S_b, S_a H_b) / s and (H_a S_b, S_a Y) / s:
+    factors         s (da b + a db) = T for (da, db) = (X S_b, S_a H_b) / s or (H_a S_b, S_a Y) / s;
                     the partner of the larger factor takes the shared part, A C B
 
 Everything costs O((m + n) r²), and no (m, n) array is formed but by `dense` and `nearest`.
