@@ -93,10 +93,9 @@ def diagnose(
     new = None if updates is None else aligned(paths, leaves, updates)
     found, bounded = {}, _bounded(state)
     for name, group in groups(pairs, values).items():
-        a, b = stack(group, values)
+        (a, b), h = stack(group, values, leaves, gradients=True)
         p = Factors(a, b, scale_of(group, scale, a))
-        h = stack(group, leaves, gradients=True)
-        taken = None if new is None else tuple(-x for x in stack(group, new))
+        taken = None if new is None else tuple(-x for x in stack(group, new)[0])
         share = bounded.get(name, jnp.full(group.batch, jnp.nan, group.dtype))
         figures = over_batch(functools.partial(_figures, damping), group)(p, h, taken, share)
         paths_of_group = (pair.path for pair in group.pairs)

@@ -66,8 +66,8 @@ def _kernel(pair: Pair, params: Sequence[Any]) -> tuple[Any, ...]:
     batch = tuple(a.shape[i] for i in pair.a_axes.batch)
     m = tuple(a.shape[i] for i in pair.a_axes.others)
     n = tuple(b.shape[i] for i in pair.b_axes.others)
-    dtype = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
-    return batch, m, n, jnp.dtype(dtype)
+    dtypes = (jnp.dtype(dtype) for dtype in (a.dtype, b.dtype, jnp.float32))
+    return batch, m, n, max(dtypes, key=lambda dtype: dtype.itemsize)
 
 
 def joined(groups: Sequence[Group]) -> Group:
@@ -81,11 +81,26 @@ def one_device(x: Any) -> bool:
     return jax.typeof(x).sharding.mesh.size <= 1
 
 
-def stack(group: Group, leaves: Sequence[Array], *, gradients: bool = False) -> tuple[Array, Array]:
-    """The group's factors, steps or gradients as two arrays in the group's dtype."""
-    columns = zip(*(read(p, leaves, gradients=gradients) for p in group.pairs), strict=True)
-    a, b = (join([x[None] if group.stacked else x for x in column]) for column in columns)
-    return a.astype(group.dtype), b.astype(group.dtype)
+def stack(group: Group, *trees: Sequence[Array], gradients: bool = False) -> list[Any]:
+    """(a, b) of the group for each flattened tree, in the group's dtype.
+
+    All trees hold factors or steps, but for the last if that has `gradients`. What belongs to one
+    pair is put side by side first: a copy for each pair, not one for each tree.
+    """
+    read_as = [gradients and tree is trees[-1] for tree in trees]
+    both = []
+    for side in (0, 1):
+        rows = []
+        for pair in group.pairs:
+            row = [read(pair, t, gradients=g)[side] for t, g in zip(trees, read_as, strict=True)]
+            row = [placed(x, spec_of(row[0])).astype(group.dtype) for x in row]
+            rows.append([x[None] for x in row] if group.stacked else row)
+        if len(rows) == 1:
+            both.append(rows[0])
+            continue
+        joined = join([jnp.stack(row, axis=1) for row in rows])
+        both.append([joined[:, i] for i in range(len(trees))])
+    return list(zip(*both, strict=True))
 
 
 def join(arrays: Sequence[Array]) -> Array:

@@ -92,7 +92,7 @@ def pairwise(
         if not held:
             return optax.EmptyState()
         count = jnp.zeros((), jnp.int32)
-        if not leaves:  # optax.tree.map_params' placeholder: a leaf stands for any subtree
+        if is_placeholder(params):  # a leaf stands for any subtree
             return PairsState(
                 count, tuple(r.state(*(count for _ in r.state._fields)) for r in held)
             )
@@ -110,9 +110,8 @@ def pairwise(
             count = jnp.asarray(optax.safe_increment(state.count))
         for names in _alike(found, values, joins=joins):
             group = joined([found[name] for name in names])
-            a, b = stack(group, values)
+            (a, b), step = stack(group, values, leaves, gradients=gradients)
             p = Factors(a, b, scale_of(group, scale, a))
-            step = stack(group, leaves, gradients=gradients)
             fields = [
                 tuple(join([field[name] for name in names]) for field in of_rule)
                 for of_rule in (state.rules if held else ())
@@ -181,10 +180,14 @@ def _check_state(needed: PairsState, state: Any) -> None:
                     )
 
 
+def is_placeholder(params: Any) -> bool:
+    """Whether `init` is called by optax.tree.map_params, which passes a node of its own."""
+    return type(params).__module__.startswith("optax.")
+
+
 def check_not_empty(params: Any, leaves: Sequence[Any]) -> None:
     """Raises ValueError for a tree without parameters, which would silently train nothing."""
-    # optax.tree.map_params calls init with a placeholder of its own, which has no leaves
-    if not leaves and not type(params).__module__.startswith("optax."):
+    if not leaves and not is_placeholder(params):
         raise ValueError(
             "there are no parameters to train: the tree is empty. Was the model adapted "
             "(lp.nnx.add_lora before nnx.Optimizer, lp.linen.init_lora)? If the tree may be empty, "

@@ -1,5 +1,7 @@
 """Matrices of (r, r) by elimination and products only: no LAPACK, the same on every backend."""
 
+import math
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -38,28 +40,24 @@ def _eliminate(P: Float[Array, "r r"], floor: Float[Array, ""]) -> Float[Array, 
 
 
 def sylvester(
-    P: Float[Array, "r r"], Q: Float[Array, "r r"], R: Float[Array, "r r"]
+    P: Float[Array, "r r"], Q: Float[Array, "r r"], R: Float[Array, "r r"], floor: Float[Array, ""]
 ) -> Float[Array, "r r"]:
-    """The Z of P Z + Z Q = R, for symmetric positive definite P and Q.
+    """The Z of P Z + Z Q = R, for symmetric P and Q with eigenvalues of at least `floor`.
 
     With U = (P + t)⁻¹ (P - t) and V alike from Q, it is Z = U Z V + W: the sum of all Uᵏ W Vᵏ, of
-    which every turn takes twice as many terms (Smith 1968). Factors of a moderate condition number
-    need about four turns.
+    which every turn takes twice as many terms (Smith 1968).
     """
-    eye, eps = jnp.eye(len(P), dtype=P.dtype), jnp.finfo(P.dtype).eps
-    t = jnp.maximum(jnp.trace(P), jnp.trace(Q)) / len(P)
+    eye, eps = jnp.eye(len(P), dtype=P.dtype), float(jnp.finfo(P.dtype).eps)
+    t = jnp.sqrt(floor * jnp.maximum(jnp.trace(P), jnp.trace(Q)))
     J, K = inverse_cholesky(P + t * eye, t), inverse_cholesky(Q + t * eye, t)
     P_inverse, Q_inverse = dot(J.T, J), dot(K.T, K)
     U, V = eye - 2 * t * P_inverse, eye - 2 * t * Q_inverse
     W = 2 * t * dot(dot(P_inverse, R), Q_inverse)
 
-    def changes(state):
-        Z, more, _, _, turn = state
-        return (jnp.max(jnp.abs(more)) > eps * jnp.max(jnp.abs(Z))) & (turn < 40)
+    def double(_, state):
+        Z, U, V = state
+        return Z + dot(dot(U, Z), V), dot(U, U), dot(V, V)
 
-    def double(state):
-        Z, _, U, V, turn = state
-        more = dot(dot(U, Z), V)
-        return Z + more, more, dot(U, U), dot(V, V), turn + 1
-
-    return lax.while_loop(changes, double, (W, W, U, V, 0))[0]
+    # The slowest term decays by 1 - 4 sqrt(floor / trace), and floor / trace is some eps at least.
+    turns = round(-math.log2(eps) / 2) + 4
+    return lax.fori_loop(0, turns, double, (W, U, V))[0]

@@ -106,6 +106,8 @@ def _fields(group: Group, leaves: Sequence[Any], kernels: Kernels | None) -> dic
         "mu": ((*batch, *m, *n), kernel),
         "rms": ((*batch, *m, *n), kernel),
         "size": (batch, kernel[:k]),
+        "recent": (batch, a_spec[:k]),
+        "bounded": (batch, a_spec[:k]),
     }
 
 

@@ -89,9 +89,9 @@ def to_factors(f: Frames, T: Tangent) -> tuple[Float[Array, "*m r"], Float[Array
 
 
 def root_mean_square(T: Tangent) -> Float[Array, ""]:
-    """Of T's entries, from a sum of squares; up to 5% less where the damping acts."""
+    """Of the entries of a T nearest to G: sqrt(<G, T> / (m n)), an upper bound where it is damped."""
     r = len(T.Y)
-    squares = jnp.sum(T.H_a * T.H_a) + jnp.sum(T.Y * T.Y)
+    squares = jnp.sum(T.H_a * T.H_a) + jnp.maximum(jnp.sum(T.H_b * T.Y), 0)
     return jnp.sqrt(squares / ((T.X.size // r) * (T.Y.size // r)))
 
 
@@ -145,6 +145,7 @@ def least_norm(
     """
     a, b, _ = p
     P, Q = gram_left(a, a), gram_right(b, b)
-    damped = ridge(P, Q, damping) / 2 * jnp.eye(len(P), dtype=P.dtype)
-    Z = sylvester(P + damped, Q + damped, gram_right(db, b) - gram_left(a, da))
+    floor = ridge(P, Q, damping) / 2
+    damped = floor * jnp.eye(len(P), dtype=P.dtype)
+    Z = sylvester(P + damped, Q + damped, gram_right(db, b) - gram_left(a, da), floor)
     return da + dot(a, Z), db - dot(Z, b)
