@@ -23,7 +23,7 @@ from lorapro_jax._layouts import Layout, kernel_spec
 from lorapro_jax._moments import correction, mean, mean_root, positive, unit
 from lorapro_jax._pairwise import Rule, in_pairs, pairwise
 from lorapro_jax._retraction import retraction_rule
-from lorapro_jax._sharding import explicit, spec_of, varying
+from lorapro_jax._sharding import explicit, spec_of
 from lorapro_jax._tangent import (
     Factors,
     Frames,
@@ -161,9 +161,9 @@ def full_rule(numbers: Numbers) -> Rule:
             new = over_batch(direction, inner, axes)(*at((f, *held, size)), count)
             return *held, *put(step, new)
 
-        carry = (mu, rms, jnp.zeros_like(p.a), jnp.zeros_like(p.b))
-        carry = tuple(varying(x, p.a) for x in carry)
-        mu, rms, *step = lax.fori_loop(0, group.batch[0], body, carry)
+        # The first by itself: under shard_map its results have the types that the loop's carry has.
+        carry = body(jnp.zeros((), jnp.int32), (mu, rms, jnp.zeros_like(p.a), jnp.zeros_like(p.b)))
+        mu, rms, *step = lax.fori_loop(1, group.batch[0], body, carry)
         return tuple(step), (mu, rms, size)
 
     return Rule(update, FullState, init, joins=False)

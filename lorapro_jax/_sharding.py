@@ -77,12 +77,6 @@ def placed(x: Array, spec: Sequence[Any]) -> Array:
     return x if tuple(spec) == spec_of(x) else reshard(x, explicit(x, spec))
 
 
-def varying(x: Array, like: Array) -> Array:
-    """`x`, varying over the axes of a shard_map that `like` varies over, as a loop's carry must."""
-    axes = tuple(jax.typeof(like).vma - jax.typeof(x).vma)
-    return lax.pcast(x, axes, to="varying") if axes else x
-
-
 def left_over(spec: Sequence[Any], axes: Sequence[int]) -> list[Any]:
     """The entries of all axes but those."""
     return [entry for i, entry in enumerate(spec) if i not in axes]

@@ -89,7 +89,7 @@ def to_factors(f: Frames, T: Tangent) -> tuple[Float[Array, "*m r"], Float[Array
 
 
 def root_mean_square(T: Tangent) -> Float[Array, ""]:
-    """Of the entries of a T nearest to G: sqrt(<G, T> / (m n)), an upper bound where it is damped."""
+    """Of the entries of the T nearest to a G: sqrt(<G, T> / (m n)), an upper bound if damped."""
     r = len(T.Y)
     squares = jnp.sum(T.H_a * T.H_a) + jnp.maximum(jnp.sum(T.H_b * T.Y), 0)
     return jnp.sqrt(squares / ((T.X.size // r) * (T.Y.size // r)))
