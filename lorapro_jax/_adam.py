@@ -97,8 +97,8 @@ def factored_rule(numbers: Numbers) -> Rule:
         stored = mu[0].astype(mu_a.dtype), mu[1].astype(mu_b.dtype), row, col
         return to_factors(f, clipped(U, clip)), stored
 
-    def update(group: Group, p: Factors, h: Step, state: tuple[Array, ...], count: Array):
-        return over_batch(one, group, (0, 0, 0, None))(p, h, state, count)
+    def update(p: Factors, h: Step, state: tuple[Array, ...], count: Array):
+        return over_batch(one, p.s.ndim, (0, 0, 0, None))(p, h, state, count)
 
     return Rule(update, FactoredState, init)
 
@@ -137,15 +137,13 @@ def full_rule(numbers: Numbers) -> Rule:
         U = m / positive(jnp.sqrt((rms / size) ** 2 + floor**2) + eps * root / size)
         return to_factors(f, clipped(nearest(f, U), clip))
 
-    def update(group: Group, p: Factors, h: Step, state: tuple[Array, ...], count: Array):
-        mu, rms, size = state
-        f, g, size = over_batch(gradient, group)(p, h, size)
-        axes = (0, 0, 0, 0, None)
+    def update(p: Factors, h: Step, state: tuple[Array, ...], count: Array):
+        (mu, rms, size), batch, axes = state, p.s.ndim, (0, 0, 0, 0, None)
+        f, g, size = over_batch(gradient, batch)(p, h, size)
         if spec_of(mu)[0] is not None:  # every device has pairs of its own
-            mu, rms = over_batch(moments, group)(f, g, mu, rms, size)
-            return over_batch(direction, group, axes)(f, mu, rms, size, count), (mu, rms, size)
+            mu, rms = over_batch(moments, batch)(f, g, mu, rms, size)
+            return over_batch(direction, batch, axes)(f, mu, rms, size, count), (mu, rms, size)
         # One pair at a time: g~ and U are (m, n) too, and need not exist for all.
-        inner = group._replace(batch=group.batch[1:])
 
         def body(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
             def at(tree: Any) -> Any:
@@ -156,14 +154,14 @@ def full_rule(numbers: Numbers) -> Rule:
                 return tuple(lax.dynamic_update_index_in_dim(x, y, i, 0) for x, y in pairs)
 
             held, step = carry[:2], carry[2:]
-            held = put(held, over_batch(moments, inner)(*at((f, g, *held, size))))
+            held = put(held, over_batch(moments, batch - 1)(*at((f, g, *held, size))))
             # read back: XLA then updates the moments in place
-            new = over_batch(direction, inner, axes)(*at((f, *held, size)), count)
+            new = over_batch(direction, batch - 1, axes)(*at((f, *held, size)), count)
             return *held, *put(step, new)
 
         # The first by itself: under shard_map its results have the types that the loop's carry has.
         carry = body(jnp.zeros((), jnp.int32), (mu, rms, jnp.zeros_like(p.a), jnp.zeros_like(p.b)))
-        mu, rms, *step = lax.fori_loop(1, group.batch[0], body, carry)
+        mu, rms, *step = lax.fori_loop(1, len(mu), body, carry)
         return tuple(step), (mu, rms, size)
 
     return Rule(update, FullState, init, joins=False)
@@ -199,7 +197,7 @@ def scale_by_lorapro_adam(
     get `optax.scale_by_adam`.
 
     Args:
-      scale: as in `lorapro`.
+      scale, damping, layout, require_pairs: as in `lorapro`.
       mode: "factored" or "full".
       b1: decay of the first moment.
       b2: decay of the second moment.
@@ -208,10 +206,7 @@ def scale_by_lorapro_adam(
         small: those of inputs that never occur are rounding errors. 0 is the paper's Adam.
       clipping_threshold: bound of the direction's root mean square, as in `optax.adafactor`: a step
         at a rate moves the (m, n) weight by at most threshold · rate · sqrt(m n). None: no bound.
-      damping: as in `lorapro`.
       mu_dtype: dtype of the first moment; the second is float32 or better.
-      layout: as in `lorapro`.
-      require_pairs: as in `lorapro`.
 
     Returns:
       A GradientTransformationExtraArgs. Its updates are ascent directions, as all of optax's
@@ -253,7 +248,7 @@ def direction_rule(mode: str, numbers: Numbers) -> Rule:
 def rate_rule(learning_rate: optax.ScalarOrSchedule) -> Rule:
     """`optax.scale_by_learning_rate` for stacked pairs."""
 
-    def update(group: Group, p: Factors, step: Step, state: tuple, count: Array):
+    def update(p: Factors, step: Step, state: tuple, count: Array):
         rate = learning_rate(count - 1) if callable(learning_rate) else learning_rate
         rate = jnp.asarray(rate, p.a.dtype)
         return (-rate * step[0], -rate * step[1]), state
@@ -292,19 +287,11 @@ def lorapro_adamw(
     Args:
       learning_rate: a number or an optax schedule; full fine-tuning's rates are a good start.
       scale: as in `lorapro`.
-      mode: "factored" or "full", as in `scale_by_lorapro_adam`.
-      b1: decay of the first moment.
-      b2: decay of the second moment.
-      eps: added to the root of the second moment.
+      mode, b1, b2, eps, floor, clipping_threshold, mu_dtype: as in `scale_by_lorapro_adam`.
       weight_decay: a number or a schedule, as in `optax.adamw`.
       mask: which leaves decay, as in `optax.adamw`: a tree of booleans or a function of the params.
       radius: as in `retract`.
-      floor: as in `scale_by_lorapro_adam`.
-      clipping_threshold: as in `scale_by_lorapro_adam`.
-      damping: as in `lorapro`.
-      mu_dtype: dtype of the first moment.
-      layout: as in `lorapro`.
-      require_pairs: as in `lorapro`.
+      damping, layout, require_pairs: as in `lorapro`.
 
     Returns:
       A GradientTransformationExtraArgs whose updates are to be added to the parameters.

@@ -6,6 +6,8 @@ of equal shape need not be: stacking a column-parallel and a row-parallel factor
 them between devices.
 """
 
+import itertools
+import operator
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -110,19 +112,19 @@ def join(arrays: Sequence[Array]) -> Array:
     return jnp.concatenate([placed(x, spec_of(arrays[0])) for x in arrays])
 
 
-def split(x: Array, parts: int) -> list[Array]:
-    """Equal parts along the first axis."""
-    size = len(x) // parts
-    return [x[i : i + size] for i in range(0, len(x), size)] if parts > 1 else [x]
+def split(tree: Any, sizes: Sequence[int]) -> list[Any]:
+    """One tree for each of the sizes that `join` joined."""
+    ends = itertools.accumulate(sizes)
+    parts = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+    return (
+        [tree] if len(parts) == 1 else [jax.tree.map(operator.itemgetter(p), tree) for p in parts]
+    )
 
 
 def unstack(group: Group, tree: Any) -> list[Any]:
     """One tree for each pair of the group."""
-    leaves, treedef = jax.tree.flatten(tree)
-    parts = zip(*(split(x, len(group.pairs)) for x in leaves), strict=True)
-    if group.stacked:
-        parts = ([x[0] for x in part] for part in parts)
-    return [jax.tree.unflatten(treedef, part) for part in parts]
+    parts = split(tree, [group.batch[0] // len(group.pairs)] * len(group.pairs))
+    return [jax.tree.map(lambda x: x[0], part) for part in parts] if group.stacked else parts
 
 
 def write_steps(group: Group, step: tuple[Array, Array], leaves: list[Any]) -> None:
@@ -160,8 +162,8 @@ def factor_zeros(group: Group, leaves: Sequence[Any], dtype: Any = None) -> tupl
     return zero_a, zero_b
 
 
-def over_batch(f: Callable, group: Group, in_axes: Any = 0) -> Callable:
-    """`f` of one pair, for all of a group."""
-    for _ in group.batch:
+def over_batch(f: Callable, axes: int, in_axes: Any = 0) -> Callable:
+    """`f` of one pair, for a batch of so many axes."""
+    for _ in range(axes):
         f = jax.vmap(f, in_axes)
     return f

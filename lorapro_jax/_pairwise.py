@@ -1,6 +1,5 @@
 """A rule for pairs as an optax transformation: find the pairs, stack them, apply it, write back."""
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,25 +8,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
+from lorapro_jax import _groups
 from lorapro_jax._checks import check_scale
-from lorapro_jax._groups import (
-    Group,
-    Scale,
-    groups,
-    join,
-    joined,
-    one_device,
-    scale_of,
-    stack,
-    write_steps,
-)
-from lorapro_jax._layouts import (
-    Layout,
-    check_leaves,
-    factor_indices,
-    find_pairs,
-    flatten,
-)
+from lorapro_jax._groups import Group, Scale, join, scale_of, split, stack, write_steps
+from lorapro_jax._layouts import Layout, check_leaves, factor_indices, find_pairs, flatten
 from lorapro_jax._tangent import Factors
 
 Step = tuple[Array, Array]  # (h_a, h_b) or (da, db)
@@ -36,8 +20,8 @@ Step = tuple[Array, Array]  # (h_a, h_b) or (da, db)
 class Rule(NamedTuple):
     """What is done to each group; a chain of rules is applied to arrays that are stacked once."""
 
-    # (group, factors, step, the group's fields, number of this step from 1) -> (step, new fields)
-    update: Callable[[Group, Factors, Step, tuple[Array, ...], Array], tuple[Step, tuple]]
+    # (factors, step, fields of the state, number of this step from 1) -> (step, new fields)
+    update: Callable[[Factors, Step, tuple[Array, ...], Array], tuple[Step, tuple[Array, ...]]]
     state: Any = None  # NamedTuple type whose fields are {group: array}; None: stateless
     init: Callable[[Group, Sequence[Any]], tuple[Array, ...]] = lambda group, leaves: ()
     joins: bool = True  # whether groups of one shape are taken at once: fewer kernels, and a copy
@@ -64,21 +48,19 @@ def pairwise(
     check_scale(scale)
     held = [rule for rule in rules if rule.state]
 
-    def apply(group: Group, p: Factors, step: Step, fields: Sequence[tuple], count: Array):
+    @jax.jit  # traced once for all groups of one shape, and compiled where the caller is not
+    def apply(p: Factors, step: Step, fields: Sequence[tuple], count: Array):
         new, left = [], iter(fields)
         for rule in rules:
-            own = next(left) if rule.state else ()
-            step, made = rule.update(group, p, step, own, count)
+            step, made = rule.update(p, step, next(left) if rule.state else (), count)
             new += [made] if rule.state else []
         return step, new
 
-    # compiled once for all groups of one shape, and eagerly too
-    compiled = jax.jit(apply, static_argnums=0)
-    joins = all(rule.joins for rule in rules)
-
     def find(paths: list[str], leaves: list[Any]) -> dict[str, Group]:
         check_leaves(paths, leaves)
-        return groups(find_pairs(paths, leaves, layout, require_pairs=require_pairs), leaves)
+        return _groups.groups(
+            find_pairs(paths, leaves, layout, require_pairs=require_pairs), leaves
+        )
 
     def states(found: dict[str, Group], leaves: Sequence[Any]) -> tuple[Any, ...]:
         made = {name: [rule.init(group, leaves) for rule in held] for name, group in found.items()}
@@ -93,9 +75,8 @@ def pairwise(
             return optax.EmptyState()
         count = jnp.zeros((), jnp.int32)
         if is_placeholder(params):  # a leaf stands for any subtree
-            return PairsState(
-                count, tuple(r.state(*(count for _ in r.state._fields)) for r in held)
-            )
+            empty = (rule.state(*(count for _ in rule.state._fields)) for rule in held)
+            return PairsState(count, tuple(empty))
         return PairsState(count, states(found, leaves))
 
     def update(updates, state, params=None, **extra_args):
@@ -108,20 +89,17 @@ def pairwise(
             needed = jax.eval_shape(lambda: states(found, values))
             _check_state(PairsState(count, needed), state)
             count = jnp.asarray(optax.safe_increment(state.count))
-        for names in _alike(found, values, joins=joins):
-            group = joined([found[name] for name in names])
+        for names in _alike(found, values, joins=all(rule.joins for rule in rules)):
+            group = _groups.joined([found[name] for name in names])
             (a, b), step = stack(group, values, leaves, gradients=gradients)
             p = Factors(a, b, scale_of(group, scale, a))
             fields = [
                 tuple(join([field[name] for name in names]) for field in of_rule)
                 for of_rule in (state.rules if held else ())
             ]
-            step, fields = compiled(_nameless(group), p, step, fields, count)
+            step, fields = apply(p, step, fields, count)
             write_steps(group, step, new)
-            ends = list(itertools.accumulate(found[name].batch[0] for name in names))
-            for name, start, end in zip(names, [0, *ends], ends, strict=False):
-                part = slice(start, end) if len(names) > 1 else slice(None)
-                made[name] = [tuple(x[part] for x in of_rule) for of_rule in fields]
+            made |= zip(names, split(fields, [found[name].batch[0] for name in names]), strict=True)
         fresh = PairsState(count, _states(held, made)) if held else state
         return jax.tree.unflatten(treedef, new), fresh
 
@@ -143,21 +121,14 @@ def _alike(found: dict[str, Group], leaves: Sequence[Array], *, joins: bool) -> 
     alike: dict[Any, list[str]] = {}
     for name, group in found.items():
         kind = (group.stacked, group.shapes[0][1:], group.shapes[1][1:], group.dtype)
-        together = joins and one_device(leaves[group.pairs[0].a])
+        together = joins and _groups.one_device(leaves[group.pairs[0].a])
         alike.setdefault(kind if together else name, []).append(name)
     return list(alike.values())
 
 
-def _nameless(group: Group) -> Group:
-    """The group without what differs between groups of one shape."""
-    return group._replace(pairs=(group.pairs[0]._replace(path="", a=0, b=1),))
-
-
 def _check_state(needed: PairsState, state: Any) -> None:
     """Raises ValueError where the state is not of these rules or not of these pairs."""
-    advice = (
-        "make it anew with init(params), or restore the one that was saved with these parameters"
-    )
+    advice = "make it anew with init(params), or restore the one saved with these parameters"
     kinds, held = (
         [type(x).__name__ for x in getattr(of, "rules", ())] or [type(of).__name__]
         for of in (needed, state)
@@ -213,14 +184,14 @@ def in_pairs(
         named = ["pairs" if i in inside else "others" for i in range(len(leaves))]
         return jax.tree.unflatten(treedef, named)
 
-    split = optax.partition({"pairs": of_pairs, "others": of_others}, label)
+    parts = optax.partition({"pairs": of_pairs, "others": of_others}, label)
 
     def update(updates, state, params=None, **extra_args):
         paths, leaves, treedef = flatten(updates)
         params = jax.tree.unflatten(treedef, aligned(paths, leaves, params))
-        return split.update(updates, state, params, **extra_args)
+        return parts.update(updates, state, params, **extra_args)
 
-    return optax.GradientTransformationExtraArgs(split.init, update)
+    return optax.GradientTransformationExtraArgs(parts.init, update)
 
 
 def aligned(paths: list[str], leaves: list[Any], params: Any) -> list[Any]:

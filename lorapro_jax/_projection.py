@@ -15,9 +15,9 @@ from lorapro_jax._tangent import Factors, frames, least_norm, tangent, to_factor
 def stateless(one: Any) -> Rule:
     """The rule of (factors, da, db) -> (da, db) of one pair."""
 
-    def update(group, p, steps, own, count):
+    def update(p, step, state, count):
         del count
-        return over_batch(one, group)(p, *steps), own
+        return over_batch(one, p.s.ndim)(p, *step), state
 
     return Rule(update)
 
@@ -87,9 +87,7 @@ def minimum_norm(
     makes the paper's Algorithm 2. Stateless; leaves in no pair pass through.
 
     Args:
-      damping: as in `lorapro`.
-      layout: as in `lorapro`.
-      require_pairs: as in `lorapro`.
+      damping, layout, require_pairs: as in `lorapro`.
 
     Returns:
       A GradientTransformationExtraArgs with an empty state.

@@ -55,12 +55,9 @@ def retract(
     So steps grow from b = 0 on: at a high rate, training does not recover from large first ones.
 
     Args:
-      scale: as in `lorapro`.
+      scale, damping, layout, require_pairs: as in `lorapro`.
       radius: what a step may always have, in units of s max(tr aᵀa, tr b bᵀ) / r; 0.05 of it is
         what LoRA's own steps have at its best rates. None: no bound.
-      damping: as in `lorapro`.
-      layout: as in `lorapro`.
-      require_pairs: as in `lorapro`.
 
     Returns:
       A GradientTransformationExtraArgs for updates that are about to be added to the parameters;
@@ -106,9 +103,9 @@ def retraction_rule(radius: Any, damping: Any) -> Rule:
         bounded = bounded + (factor < 1).astype(bounded.dtype)
         return fitted(p, P, Q, factor * step[0], factor * step[1], damping), (recent, bounded)
 
-    def update(group: Group, p: Factors, step: Any, state: Any, count: Array):
+    def update(p: Factors, step: Any, state: Any, count: Array):
         del count
-        return over_batch(one, group)(p, step, state)
+        return over_batch(one, p.s.ndim)(p, step, state)
 
     return Rule(update, RetractState, init)
 
