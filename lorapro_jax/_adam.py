@@ -20,7 +20,7 @@ from jaxtyping import Array
 from lorapro_jax._checks import check_between, check_one_of, check_positive
 from lorapro_jax._groups import Group, Scale, factor_zeros, over_batch
 from lorapro_jax._layouts import Layout, kernel_spec
-from lorapro_jax._moments import correction, mean, mean_root, positive, unit
+from lorapro_jax._moments import correction, largest, mean, mean_root, positive
 from lorapro_jax._pairwise import Rule, in_pairs, pairwise
 from lorapro_jax._retraction import retraction_rule
 from lorapro_jax._sharding import explicit, spec_of
@@ -83,15 +83,15 @@ def factored_rule(numbers: Numbers) -> Rule:
     def one(p: Factors, h: Step, state: tuple[Array, ...], count: Array):
         mu_a, mu_b, row, col = state
         f, dtype = frames(p, damping), p.a.dtype
-        *unit_h, size = unit(*h)
-        now_row, now_col = (size * jnp.sqrt(x) for x in mean_squares(f, tangent(f, *unit_h)))
-        row, col = mean_root(now_row, row, b2), mean_root(now_col, col, b2)
         mu = mean(h[0], mu_a, b1), mean(h[1], mu_b, b1)
-        *unit_mu, size = unit(*mu)
+        size = largest(*h, *mu)
+        g = tangent(f, h[0] / size, h[1] / size)
+        now_row, now_col = (size * jnp.sqrt(x) for x in mean_squares(f, g))
+        row, col = mean_root(now_row, row, b2), mean_root(now_col, col, b2)
         top = positive(jnp.max(row))
         all_g = top * jnp.sqrt(jnp.mean((row / top) ** 2))  # root mean square of all entries
         left, right = (lax.rsqrt((x / positive(all_g)) ** 2 + floor) for x in (row, col))
-        U = rescaled(f, tangent(f, *unit_mu), left, right)
+        U = rescaled(f, tangent(f, mu[0] / size, mu[1] / size), left, right)
         all_g = all_g / jnp.sqrt(correction(b2, count, dtype))
         U = times(U, size / correction(b1, count, dtype) / positive(all_g + eps))
         stored = mu[0].astype(mu_a.dtype), mu[1].astype(mu_b.dtype), row, col
@@ -121,8 +121,8 @@ def full_rule(numbers: Numbers) -> Rule:
 
     def gradient(p: Factors, h: Step, size: Array) -> tuple[Frames, Tangent, Array]:
         f = frames(p, damping)
-        *unit_h, now = unit(*h)
-        g = tangent(f, *unit_h)
+        now = largest(*h)
+        g = tangent(f, h[0] / now, h[1] / now)
         return f, times(g, now), mean_root(now * root_mean_square(g), size, b2)
 
     def moments(f: Frames, g: Tangent, mu: Array, rms: Array, size: Array) -> tuple[Array, Array]:

@@ -3,6 +3,7 @@
 Second moments are kept as their roots: squares of 1e30 and of 1e-30 have no place in float32.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -15,10 +16,9 @@ def positive(size: Array) -> Array:
     return jnp.where(size > 0, size, 1)
 
 
-def unit(x: Array, y: Array) -> tuple[Array, Array, Float[Array, ""]]:
-    """Both over their largest entry, and that entry: their squares neither overflow nor vanish."""
-    size = positive(jnp.maximum(jnp.max(jnp.abs(x)), jnp.max(jnp.abs(y))))
-    return x / size, y / size, size
+def largest(*arrays: Array) -> Float[Array, ""]:
+    """The largest entry's size, or 1 if all are 0: what is divided by it can be squared."""
+    return positive(functools.reduce(jnp.maximum, (jnp.max(jnp.abs(x)) for x in arrays)))
 
 
 def mean(new: Array, old: Array, decay: Any) -> Array:

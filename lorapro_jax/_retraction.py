@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 from lorapro_jax._checks import check_between
 from lorapro_jax._groups import Group, Scale, factor_zeros, over_batch
 from lorapro_jax._layouts import Layout
-from lorapro_jax._moments import mean_root, positive, unit
+from lorapro_jax._moments import mean_root, positive
 from lorapro_jax._pairwise import Rule, pairwise
 from lorapro_jax._sharding import dot, gram_left, gram_right
 from lorapro_jax._small import inverse_cholesky
@@ -94,7 +94,11 @@ def retraction_rule(radius: Any, damping: Any) -> Rule:
     def one(p: Factors, step: tuple[Array, Array], state: tuple[Array, ...]):
         recent, bounded = state
         P, Q = gram_left(p.a, p.a), gram_right(p.b, p.b)
-        size, factor = step_size(p, P, Q, *step), jnp.ones((), P.dtype)
+        da, db = gram_left(step[0], step[0]), gram_right(step[1], step[1])
+        # s sqrt(||da b||² + ||a db||²), the norm of s (da b + a db) where its terms are orthogonal.
+        # Of the sum itself it would be a difference, and a rounding error where that is small.
+        size = p.s * jnp.sqrt(jnp.maximum(jnp.sum(da * Q) + jnp.sum(P * db), 0))
+        factor = jnp.ones((), P.dtype)
         if radius is not None:
             mean = jnp.maximum(jnp.trace(P), jnp.trace(Q)) / len(P)
             bound = jnp.maximum(_GROWTH * recent, radius * p.s * mean)
@@ -110,22 +114,6 @@ def retraction_rule(radius: Any, damping: Any) -> Rule:
     return Rule(update, RetractState, init)
 
 
-def step_size(
-    p: Factors,
-    P: Float[Array, "r r"],
-    Q: Float[Array, "r r"],
-    da: Float[Array, "*m r"],
-    db: Float[Array, "r *n"],
-) -> Float[Array, ""]:
-    """s sqrt(||da b||² + ||a db||²), the norm of the product's step where da and a are orthogonal.
-
-    Of the sum da b + a db itself it would be a difference, and a rounding error where it is small.
-    """
-    da, db, size = unit(da, db)
-    squares = jnp.sum(gram_left(da, da) * Q) + jnp.sum(P * gram_right(db, db))
-    return size * p.s * jnp.sqrt(jnp.maximum(squares, 0))
-
-
 def fitted(
     p: Factors,
     P: Float[Array, "r r"],
@@ -136,11 +124,11 @@ def fitted(
 ) -> tuple[Float[Array, "*m r"], Float[Array, "r *n"]]:
     """The (da, db) that moves the product by da b + a db, up to the fit."""
     b_first = jnp.trace(P) >= jnp.trace(Q)
-    a, b = p.a + da, p.b + db
-    new = jnp.where(b_first, gram_right(b, b), gram_left(a, a))
-    mixed = jnp.where(b_first, gram_right(p.b, b), gram_left(p.a, a))
+    old = jnp.where(b_first, Q, P)  # of the factor that moves first
+    mixed = jnp.where(b_first, gram_right(p.b, db), gram_left(p.a, da))
+    new = old + mixed + mixed.T + jnp.where(b_first, gram_right(db, db), gram_left(da, da))
     floor = jnp.maximum(ridge(P, Q, damping), ridge(new, new, damping))
     eye = jnp.eye(len(P), dtype=P.dtype)
     J = inverse_cholesky(new + floor * eye, floor)
-    fit = dot(mixed + floor * eye, dot(J.T, J))
+    fit = dot(old + mixed + floor * eye, dot(J.T, J))
     return dot(da, jnp.where(b_first, fit, eye)), dot(jnp.where(b_first, eye, fit.T), db)
