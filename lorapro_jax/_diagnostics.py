@@ -58,28 +58,24 @@ def diagnose(
 
     Args:
       params: the parameters, factors and whatever else.
-      grads: gradients at `params`, as autodiff gives them (before clipping or after: every figure
-        but the norms is scale-free).
+      grads: their gradients, clipped or not: every figure but the norms is scale-free.
       scale: as in `lp.lorapro`.
-      updates: what an optimizer is about to add to `params`. Its descent direction -updates is
-        judged; by default LoRA-Pro's own step is, at the given damping.
+      updates: what an optimizer is about to add to `params`: the descent direction -updates is
+        judged. By default LoRA-Pro's own step is.
       state: the optimizer's state, for `bounded`, which is NaN without it.
-      damping: as in `lp.lorapro`, for the default step. The target is not damped.
-      layout: as in `lp.lorapro`.
+      damping, layout: as in `lp.lorapro`. Only the default step is damped, not the target.
 
     Returns:
-      {path of the pair: PairDiagnostics}, a pytree: jit it with the step or call it by itself.
+      {path of the pair: PairDiagnostics}, under jit too.
 
     Raises:
       ValueError: as `lp.lorapro`.
 
     Example:
       >>> import jax, jax.numpy as jnp, lorapro_jax as lp
-      >>> a, b, G = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate(
-      ...     [(6, 2), (2, 4), (6, 4)]))
-      >>> params = {"q": {"lora_a": a, "lora_b": b}}
-      >>> grads = {"q": {"lora_a": 2.0 * G @ b.T, "lora_b": 2.0 * a.T @ G}}
-      >>> bool(lp.diagnose(params, grads, scale=2.0)["q"].cosine > 0.9999)
+      >>> params = {"lora_a": jnp.ones((6, 1)), "lora_b": jnp.ones((1, 4))}
+      >>> grads = {"lora_a": 8 * jnp.ones((6, 1)), "lora_b": 12 * jnp.ones((1, 4))}  # G is ones
+      >>> bool(lp.diagnose(params, grads, scale=2.0)["lora"].cosine > 0.9999)
       True
 
     References:
@@ -95,29 +91,27 @@ def diagnose(
     for name, group in groups(pairs, values).items():
         (a, b), h = stack(group, values, leaves, gradients=True)
         p = Factors(a, b, scale_of(group, scale, a))
-        taken = None if new is None else tuple(-x for x in stack(group, new)[0])
+        step = None if new is None else tuple(-x for x in stack(group, new)[0])
         share = bounded.get(name, jnp.full(group.batch, jnp.nan, group.dtype))
-        figures = over_batch(functools.partial(_figures, damping), group)(p, h, taken, share)
-        paths_of_group = (pair.path for pair in group.pairs)
-        found |= zip(paths_of_group, unstack(group, figures), strict=True)
-    return {pair.path: found[pair.path] for pair in pairs}
+        figures = over_batch(functools.partial(_figures, damping), p.s.ndim)(p, h, step, share)
+        found |= zip(group.pairs, unstack(group, figures), strict=True)
+    return {pair.path: found[pair] for pair in pairs}
 
 
 def _bounded(state: Any) -> dict[str, Array]:
     """{group: share of the steps in which the bound acted}."""
     nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, PairsState))
+    rules = ((x, rule) for x in nodes if isinstance(x, PairsState) for rule in x.rules)
     return {
         name: acted / jnp.maximum(node.count, 1)
-        for node in nodes
-        if isinstance(node, PairsState)
-        for rule in node.rules
+        for node, rule in rules
         if isinstance(rule, RetractState)
         for name, acted in rule.bounded.items()
     }
 
 
 def _figures(
-    damping: Any, p: Factors, h: Step, taken: Step | None, bounded: Array
+    damping: Any, p: Factors, h: Step, step: Step | None, bounded: Array
 ) -> PairDiagnostics:
     """The figures of one pair; of the projected gradient where no step is given."""
 
@@ -125,33 +119,24 @@ def _figures(
         f = frames(p, damping)
         return to_factors(f, tangent(f, *h))
 
-    target, step = projected(0.0), projected(damping) if taken is None else taken
-    cosine, distance, norm_step, norm_target = _compare(p, step, target)
-    lora_cosine, lora_distance, _, _ = _compare(p, h, target)
-    return PairDiagnostics(
-        cosine,
-        distance,
-        lora_cosine,
-        lora_distance,
-        _condition(p.a),
-        _condition(jnp.moveaxis(p.b, 0, -1)),
-        jnp.sqrt(jnp.sum(step[0] ** 2)),
-        jnp.sqrt(jnp.sum(step[1] ** 2)),
-        norm_step,
-        norm_target,
-        bounded,
-    )
+    target, step = projected(0.0), projected(damping) if step is None else step
+    compared = (*_compare(p, step, target), *_compare(p, h, target))
+    conditions = _condition(p.a), _condition(jnp.moveaxis(p.b, 0, -1))
+    norms = *(jnp.sqrt(jnp.sum(x**2)) for x in step), _norm(p, step), _norm(p, target)
+    return PairDiagnostics(*compared, *conditions, *norms, bounded)
 
 
-def _compare(p: Factors, step: Step, target: Step) -> tuple[Array, Array, Array, Array]:
-    """Cosine, relative distance and both norms of J(step) and J(target)."""
+def _compare(p: Factors, step: Step, target: Step) -> tuple[Array, Array]:
+    """Cosine and relative distance of J(step) and J(target)."""
+    size, tiny = _norm(p, target), jnp.finfo(p.a.dtype).tiny
+    cosine = _inner(p, step, target) / jnp.maximum(_norm(p, step) * size, tiny)
     difference = step[0] - target[0], step[1] - target[1]
-    tiny = jnp.finfo(p.a.dtype).tiny
-    norm_x, norm_y, norm_d = (
-        jnp.sqrt(jnp.maximum(_inner(p, z, z), 0)) for z in (step, target, difference)
-    )
-    cosine = _inner(p, step, target) / jnp.maximum(norm_x * norm_y, tiny)
-    return cosine, norm_d / jnp.maximum(norm_y, tiny), norm_x, norm_y
+    return cosine, _norm(p, difference) / jnp.maximum(size, tiny)
+
+
+def _norm(p: Factors, step: Step) -> Array:
+    """||J(step)||."""
+    return jnp.sqrt(jnp.maximum(_inner(p, step, step), 0))
 
 
 def _inner(p: Factors, x: Step, y: Step) -> Array:
