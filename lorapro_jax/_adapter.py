@@ -23,11 +23,8 @@ def low_rank(
 
 def inputs_last(x: Array, axis: tuple[int, ...]) -> Array:
     """The contracted axes of `x`, in ascending order as flax orders them, made the last one."""
-    axes = sorted(i % x.ndim for i in axis)
-    if axes == [x.ndim - 1]:
-        return x
-    x = jnp.moveaxis(x, axes, range(-len(axes), 0))
-    kept = x.shape[: x.ndim - len(axes)]
+    x = jnp.moveaxis(x, sorted(i % x.ndim for i in axis), range(-len(axis), 0))
+    kept = x.shape[: x.ndim - len(axis)]
     return x.reshape(*kept, math.prod(x.shape[len(kept) :]))
 
 
@@ -39,22 +36,18 @@ def fold(kernel: Array, a: Array, b: Array, scale) -> Array:
 
 
 def init_pair(
-    key: Array, path: str, shape: tuple[int, int], rank: int, dtype
+    key: Array, path: str, shape: tuple[int, int], rank: int, dtype=None, kernel_dtype=jnp.float32
 ) -> tuple[Float[Array, "m r"], Float[Array, "r n"]]:
     """a uniform in ±1/sqrt(m) (kaiming-uniform with a = sqrt 5), b zero.
 
-    The path is part of the key, so that one adapter's start does not depend on the others.
+    The path is part of the key, so that one adapter's start does not depend on the others. Without
+    a dtype the kernel's is taken, but at least float32: bf16 loses small steps.
     """
     m, n = shape
+    dtype = jnp.promote_types(kernel_dtype, jnp.float32) if dtype is None else jnp.dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"the factors' dtype is {dtype}; they are trained: pass a floating dtype")
     key = jax.random.fold_in(key, zlib.crc32(path.encode()))
     bound = 1 / math.sqrt(m)
     a = jax.random.uniform(key, (m, rank), dtype, -bound, bound)
     return a, jnp.zeros((rank, n), dtype)
-
-
-def factor_dtype(dtype, kernel_dtype):
-    """The dtype asked for, else the kernel's, but at least float32: bf16 loses small steps."""
-    found = jnp.promote_types(kernel_dtype, jnp.float32) if dtype is None else jnp.dtype(dtype)
-    if not jnp.issubdtype(found, jnp.floating):
-        raise ValueError(f"the factors' dtype is {found}; they are trained: pass a floating dtype")
-    return found

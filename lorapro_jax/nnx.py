@@ -1,7 +1,7 @@
-"""LoRA on NNX models in place: y = x (K + s a b) + bias; kernel paths and model code unchanged.
+"""LoRA on NNX models in place: y = x (K + s a b) + bias.
 
-An adapted nnx.Linear or nnx.LinearGeneral keeps its identity and gains the leaves lora_a (m, r) and
-lora_b (r, n), both nnx.LoRAParam; m and n are all of the kernel's input and output axes.
+An adapted nnx.Linear or nnx.LinearGeneral gains the leaves lora_a (m, r) and lora_b (r, n), both
+nnx.LoRAParam; m and n are all of the kernel's input and output axes.
 """
 
 import math
@@ -46,13 +46,9 @@ _ADAPTED = {nnx.Linear: LoRALinear, nnx.LinearGeneral: LoRALinearGeneral}
 _BASE = {adapted: base for base, adapted in _ADAPTED.items()}
 
 
-def _modules(model: nnx.Module) -> dict[str, Any]:
-    return {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
-
-
 def _targets(model: nnx.Module, pattern: str) -> dict[str, Any]:
     """The modules to adapt, by path; raises if there is none or if one cannot be adapted."""
-    modules = _modules(model)
+    modules = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
     supported = {path: module for path, module in modules.items() if type(module) in _ADAPTED}
     found = {path: module for path, module in supported.items() if re.fullmatch(pattern, path)}
     for path, module in modules.items():
@@ -132,8 +128,7 @@ def add_lora(
     shapes = {path: _matrix_shape(path, module) for path, module in modules.items()}
     key = rngs.params()
     for path, module in modules.items():
-        factors = _adapter.factor_dtype(dtype, module.kernel.dtype)
-        a, b = _adapter.init_pair(key, path, shapes[path], rank, factors)
+        a, b = _adapter.init_pair(key, path, shapes[path], rank, dtype, module.kernel.dtype)
         object.__setattr__(module, "__class__", _ADAPTED[type(module)])
         module.lora_a, module.lora_b = nnx.LoRAParam(a), nnx.LoRAParam(b)
         module.lora_scale = float(alpha) / (math.sqrt(rank) if rslora else rank)
@@ -164,7 +159,7 @@ def merge_lora(model: nnx.Module) -> None:
     References:
       LoRA, arXiv:2106.09685, section 4.1: no additional inference latency.
     """
-    adapted = [module for module in _modules(model).values() if type(module) in _BASE]
+    adapted = [module for _, module in nnx.iter_modules(model) if type(module) in _BASE]
     if not adapted:
         raise ValueError("the model has no adapter to merge")
     for module in adapted:
