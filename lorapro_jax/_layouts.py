@@ -18,8 +18,8 @@ from lorapro_jax._sharding import joined, placed, spec_of
 class LoRADimensionNumbers:
     """Which axes of a pair's two leaves are the rank and the batch; the rest are m and n.
 
-    Per batch index the pair is K = K0 + s a b: the axes of `a` that are neither rank nor batch
-    are the rows m, such axes of `b` the columns n. Axes may be negative.
+    The axes of `a` that are neither are the rows m of K = K0 + s a b, for each batch index; such
+    axes of `b` are the columns n. Axes may be negative.
 
     Args:
       a_rank: the rank axis of `a`; None for the last axis that is not a batch axis.
@@ -55,8 +55,8 @@ class Layout:
       a: regex that matches the whole path of a first factor; its group `pair` names the pair.
       b: the same for the second factor; two leaves with the same `pair` belong together.
       dims: {regex of the pair's path: LoRADimensionNumbers}, for what `infer` cannot tell.
-      infer: (path, number of a's axes, of b's) -> LoRADimensionNumbers, or None if ambiguous. By
-        default one leaf must be a matrix: then no axis of the other is a batch axis.
+      infer: (path, number of a's axes, of b's) -> LoRADimensionNumbers, or None if ambiguous, as
+        by default where neither leaf is a matrix.
 
     Example:
       >>> import lorapro_jax as lp
@@ -142,14 +142,14 @@ def _axes(path: str, name: str, ndim: int, rank: int | None, batch: Any, summed:
 def _make_pair(path: str, index: Mapping[str, int], leaves: Sequence[Any], layout: Layout) -> Pair:
     """The pair of two leaves, by its declared dimension numbers or the layout's rule."""
     a, b = (tuple(leaves[index[role]].shape) for role in ("a", "b"))
-    declared = [dims for pattern, dims in layout.dims.items() if re.fullmatch(pattern, path)]
-    dims = declared[0] if declared else layout.infer(path, len(a), len(b))
+    declared = (dims for pattern, dims in layout.dims.items() if re.fullmatch(pattern, path))
+    dims = next(declared, None) or layout.infer(path, len(a), len(b))
     if dims is None:
         raise ValueError(
-            f"{path} is ambiguous: a {a} and b {b} may be stacked layers, heads or experts, or one "
-            "matrix with several axes. Declare it: layout=<yours, or lp.layouts.FLAX>.declare("
-            f'{{r"{re.escape(path)}": lp.LoRADimensionNumbers(a_batch=(0,), b_batch=(0,))}}), for '
-            "layers on axis 0, or lp.LoRADimensionNumbers(), for one matrix"
+            f"{path} is ambiguous: a {a} and b {b} may be one matrix, or stacked layers, heads or "
+            "experts. Declare it: layout=<yours, or lp.layouts.FLAX>.declare("
+            f'{{r"{re.escape(path)}": lp.LoRADimensionNumbers(a_batch=(0,), b_batch=(0,))}}) for '
+            "layers on axis 0, lp.LoRADimensionNumbers() for one matrix"
         )
     a_axes = _axes(path, "a", len(a), dims.a_rank, dims.a_batch, ())
     b_axes = _axes(path, "b", len(b), dims.b_rank, dims.b_batch, dims.b_sum)
@@ -252,21 +252,17 @@ def write(pair: Pair, a: Array, b: Array, leaves: list[Any]) -> None:
         leaves[i] = placed(jnp.transpose(x, back).astype(leaves[i].dtype), spec_of(leaves[i]))
 
 
-def _specs(pair: Pair, a_spec: Sequence[Any], b_spec: Sequence[Any]) -> tuple[list[Any], ...]:
-    """How batch, m and n are sharded where the leaves are sharded so; (pairs,) if no batch."""
-    batch = [a_spec[i] for i in pair.a_axes.batch] or [None]
-    return batch, [a_spec[i] for i in pair.a_axes.others], [b_spec[i] for i in pair.b_axes.others]
+def factor_specs(pair: Pair, a_spec: Sequence[Any], b_spec: Sequence[Any]) -> tuple[tuple, tuple]:
+    """How (*batch, *m, r), (*batch, r, *n) are sharded where the leaves are sharded so."""
+    batch = [a_spec[i] for i in pair.a_axes.batch] or [None]  # (pairs,), if there is no batch
+    rows, columns = [a_spec[i] for i in pair.a_axes.others], [b_spec[i] for i in pair.b_axes.others]
+    return joined(batch, rows, [None]), joined(batch, [None], columns)
 
 
 def kernel_spec(pair: Pair, a_spec: Sequence[Any], b_spec: Sequence[Any]) -> tuple[Any, ...]:
     """How (*batch, *m, *n) is sharded. A mesh axis that shards rows and columns shards the rows."""
-    return joined(*_specs(pair, a_spec, b_spec))
-
-
-def factor_specs(pair: Pair, a_spec: Sequence[Any], b_spec: Sequence[Any]) -> tuple[tuple, tuple]:
-    """How (*batch, *m, r) and (*batch, r, *n) are sharded."""
-    batch, rows, columns = _specs(pair, a_spec, b_spec)
-    return joined(batch, rows, [None]), joined(batch, [None], columns)
+    a, b = factor_specs(pair, a_spec, b_spec)
+    return joined(a[:-1], b[len(b) - len(pair.b_axes.others) :])
 
 
 def factor_indices(pairs: Iterable[Pair]) -> frozenset[int]:

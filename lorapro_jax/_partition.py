@@ -69,8 +69,7 @@ def freeze_base(
     Args:
       tx: the transformation of the factors.
       extra: {regex of whole paths: transformation}, such as {r"head/.*": optax.adamw(1e-3)}.
-      layout: how pairs are named; `lp.layouts.FLAX` by default. Give `tx` the same.
-      require_pairs: whether a tree with leaves but without a pair is an error.
+      layout, require_pairs: as in `lp.labels`. Give `tx` the same layout.
 
     Returns:
       An `optax.partition`.
@@ -94,8 +93,8 @@ def freeze_base(
 def split(params: Any, *, layout: Layout | None = None) -> tuple[Any, Any]:
     """(lora, base): `params` twice, with None for the leaves that are in the other one.
 
-    None is no leaf: `jax.grad` with respect to `lora` differentiates none of the base (integers of
-    a quantised one included), and an optimizer initialised on it holds no state for the base.
+    None is no leaf: `jax.grad` with respect to `lora` leaves the base alone, even one of integers,
+    and an optimizer initialised on `lora` holds no state for it.
 
     Args:
       params: any pytree of parameters.
@@ -141,9 +140,7 @@ def merge(lora: Any, base: Any) -> Any:
     paths, ours, treedef = flatten(lora, lambda x: x is None)
     _, theirs, other = flatten(base, lambda x: x is None)
     if treedef != other:
-        raise ValueError(
-            f"lora and base are not two halves of one tree, as of lp.split: {treedef}; {other}"
-        )
+        raise ValueError(f"lora and base are not two halves of one tree: {treedef}; {other}")
     for path, x, y in zip(paths, ours, theirs, strict=True):
         if x is not None and y is not None:
             raise ValueError(f"{path} is in both lora and base; a leaf belongs to one of them")

@@ -66,13 +66,21 @@ def _safetensors() -> ModuleType:
 
 def read(directory: pathlib.Path) -> dict[str, Adapter]:
     """{module: adapter}; raises where a file is missing, damaged, or contradicts the other."""
-    config = _read_config(directory / CONFIG)
-    tensors = _read_tensors(directory / WEIGHTS)
-    settings = _settings(config, tensors, directory / CONFIG)
+    file = directory / CONFIG
+    config, tensors = _read_config(file), _read_tensors(directory / WEIGHTS)
+    ranks = _values(config, "rank_pattern", config.get("r"), tensors, file)
+    alphas = _values(config, "alpha_pattern", config.get("lora_alpha"), tensors, file)
     adapters = {}
     for module, (A, B) in tensors.items():
-        rank, scale = settings[module]
+        rank, alpha = ranks[module], alphas[module]
+        if not _targeted(config.get("target_modules"), module):
+            raise ValueError(f"{file}: target_modules does not cover {module}, which has weights")
+        if type(rank) is not int or rank < 1:
+            raise ValueError(f"{file}: the rank of {module} is {rank!r}, not a positive integer")
+        if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+            raise ValueError(f"{file}: the alpha of {module} is {alpha!r}, not a positive number")
         _check_shapes(f"{directory / WEIGHTS}: {module}", A, B, rank)
+        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         adapters[module] = Adapter(A, B, scale)
     return adapters
 
@@ -99,23 +107,6 @@ def _read_config(file: pathlib.Path) -> dict[str, Any]:
     return config
 
 
-def _settings(config: dict, modules: Iterable[str], file: Any) -> dict[str, tuple[int, float]]:
-    """{module: its rank and scale}."""
-    ranks = _values(config, "rank_pattern", config.get("r"), modules, file)
-    alphas = _values(config, "alpha_pattern", config.get("lora_alpha"), modules, file)
-    settings = {}
-    for module, rank in ranks.items():
-        alpha = alphas[module]
-        if not _targeted(config.get("target_modules"), module):
-            raise ValueError(f"{file}: target_modules does not cover {module}, which has weights")
-        if type(rank) is not int or rank < 1:
-            raise ValueError(f"{file}: the rank of {module} is {rank!r}, not a positive integer")
-        if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
-            raise ValueError(f"{file}: the alpha of {module} is {alpha!r}, not a positive number")
-        settings[module] = rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return settings
-
-
 def _regex(key: str) -> re.Pattern:
     return re.compile(rf"(.*\.)?({key})$")
 
@@ -140,9 +131,8 @@ def _values(config: dict, name: str, default: Any, modules: Iterable[str], file:
 def _targeted(targets: Any, module: str) -> bool:
     if isinstance(targets, list):
         return any(f".{module}".endswith(f".{name}") for name in targets)
-    if targets in (None, "all-linear"):
-        return True
-    return isinstance(targets, str) and re.fullmatch(targets, module) is not None
+    everywhere = targets in (None, "all-linear")
+    return everywhere or (isinstance(targets, str) and bool(re.fullmatch(targets, module)))
 
 
 def _read_tensors(file: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -159,9 +149,7 @@ def _read_tensors(file: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]
         with library.safe_open(file, "numpy") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (library.SafetensorError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{file} is damaged, cut short or no safetensors file ({error}); copy or save it again"
-        ) from error
+        raise ValueError(f"{file} is cut short or no safetensors file: {error}") from error
     if not tensors:
         raise ValueError(f"{file} holds no tensor; save the adapter again")
     found: dict[str, dict[str, np.ndarray]] = {}

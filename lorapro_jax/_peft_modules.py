@@ -18,14 +18,12 @@ from lorapro_jax._paths import check_matches
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Several Hugging Face modules that one pair adapts at once, side by side along one axis.
-
-    Each module of a fused query, key and value gets all of a and its part of b.
+    """Several Hugging Face modules that one pair adapts, side by side along an axis: fused q, k, v.
 
     Args:
       names: the modules' name templates, in the order in which they lie along the axis.
       axis: of the stored leaf; may be negative. A batch axis gives each module one entry.
-      factor: whose axis. "b" divides the outputs; "a" the inputs, as for experts that share b.
+      factor: whose axis. "b" divides the outputs, all modules share a; "a" divides the inputs.
       sizes: how much of the axis each module takes; None for equal parts.
 
     Example:
@@ -42,13 +40,11 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Join:
-    """One Hugging Face module that several batch entries of a pair adapt side by side.
-
-    N entries of one name are one pair of rank N r: blocks in a row, of `factor` on a diagonal.
+    """One Hugging Face module that N batch entries of a pair adapt: one pair of rank N r.
 
     Args:
       name: the module's name template, or a `Split`.
-      factor: whose entries are put on the diagonal. "b": each head has outputs of its own and all
+      factor: whose entries are blocks on a diagonal. "b": each head has outputs of its own and all
         see the same inputs, as in a query. "a": inputs of its own, and the outputs add up.
 
     Example:
@@ -89,9 +85,7 @@ def _diagonal(blocks: Sequence[np.ndarray]) -> np.ndarray:
     return joined.reshape(k * m, k * n)
 
 
-def plan(
-    pairs: Sequence[Pair], leaves: Sequence[Any], modules: Mapping[str, Target]
-) -> dict[str, list[Share]]:
+def plan(pairs: Sequence[Pair], leaves: Sequence, modules: Mapping) -> dict[str, list[Share]]:
     """{pair's path: its shares}; raises ValueError for a module that is named twice."""
     check_matches("modules", modules, [pair.path for pair in pairs])
     planned = {pair.path: _shares(pair, leaves, modules) for pair in pairs}

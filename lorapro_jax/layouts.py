@@ -1,7 +1,7 @@
 """The presets: how each project of the JAX ecosystem names and lays out its LoRA factors.
 
-`declare` adds what shapes cannot tell: a pair whose leaves both have three or more axes, such as
-scanned layers (L, D, r) / (L, r, F), is an error until its batch axes are declared.
+Scanned layers (L, D, r), (L, r, F) and other pairs of two leaves with three or more axes are errors
+until `declare` says which axes are the batch.
 """
 
 import re
@@ -26,14 +26,11 @@ def _per_head(path: str, a_ndim: int, b_ndim: int) -> LoRADimensionNumbers | Non
     The attention's output (BTNH,NHD->BTD) sums over the heads first: a (N, H, r) is one matrix of
     N H rows, and all heads' b (N, r, D) are added up.
     """
-    summing = bool(re.fullmatch(r"(.*/)?attn_vec_einsum(_\d+)?", path))
-    rows = 3 if summing else 2
-    if a_ndim != b_ndim or a_ndim < rows:
+    summed = (-3,) if re.fullmatch(r"(.*/)?attn_vec_einsum(_\d+)?", path) else ()
+    batch = tuple(range(a_ndim - 2 - len(summed)))
+    if a_ndim != b_ndim or a_ndim < 2 + len(summed):
         return None
-    batch = tuple(range(a_ndim - rows))
-    return LoRADimensionNumbers(
-        a_rank=-1, b_rank=-2, a_batch=batch, b_batch=batch, b_sum=(-3,) if summing else ()
-    )
+    return LoRADimensionNumbers(a_rank=-1, b_rank=-2, a_batch=batch, b_batch=batch, b_sum=summed)
 
 
 OPENPI = Layout(a=FLAX.a, b=FLAX.b, infer=_per_head)

@@ -39,17 +39,16 @@ def save(
 ) -> None:
     """Writes every pair of `lora` as an adapter that `peft.PeftModel.from_pretrained` loads.
 
-    K0 + s a b becomes W + (alpha / r) B A with A = aᵀ, B = bᵀ; pairs may differ in rank and scale.
-    An older adapter in the folder is replaced, and stays whole if the new one cannot be written.
+    Pairs may differ in rank and scale. An older adapter in the folder is replaced, and stays whole
+    if the new one cannot be written.
 
     Args:
       directory: the folder for adapter_model.safetensors and adapter_config.json.
       lora: a pytree with the factors: Linen dicts, an nnx.State; other leaves are left alone.
       scale: s, a number or a callable of the pair's path. PEFT's is s up to float64's last digit.
-      modules: {regex of the pair's whole path: name of the PyTorch module}. Names take the regex's
-        groups as \\1 and the indices on the batch axes (stacked layers) as {0}, {1}. Instead of a
-        name, a `Split` is for a pair that covers several modules, a `Join` for batch entries that
-        are one module (heads with a pair each).
+      modules: {regex of the pair's whole path: name of the PyTorch module, a `Split` or a `Join`}.
+        Names take the regex's groups as \\1 and the indices on the batch axes (stacked layers) as
+        {0}, {1}.
       layout: how pairs are named and lie; `lp.layouts.FLAX` by default.
       base_model: what base_model_name_or_path shall say, such as "google-bert/bert-base-uncased".
       task_type: PEFT's, such as "CAUSAL_LM". A classifier's head is not in these files.
@@ -68,9 +67,6 @@ def save(
       >>> modules = {r"layers_(\\d+)/query": r"encoder.layer.\\1.attention.self.query"}
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     lp.peft.save(folder, lora, scale=2.0, modules=modules)
-      ...     again, scales = lp.peft.load(folder, like=lora, modules=modules)
-      >>> scales
-      {'layers_0/query': 2.0}
 
     References:
       LoRA, arXiv:2106.09685, section 4.1; rsLoRA, arXiv:2312.03732, theorem 3.2.
@@ -169,16 +165,15 @@ def _assemble(
     pair: Pair, leaves: Sequence[Any], found: Sequence[tuple[Share, Adapter]]
 ) -> list[np.ndarray]:
     """The canonical factors of which each module holds its share; what two share must agree."""
-    shapes = [
-        [leaves[i].shape[axis] for axis in axes.order if axis not in axes.summed]
-        for i, axes in ((pair.a, pair.a_axes), (pair.b, pair.b_axes))
-    ]
     # The factors' entries numbered from 1: `take` then says where those of A and B belong.
-    numbers = [1 + np.arange(math.prod(shape)).reshape(shape) for shape in shapes]
+    numbers = []
+    for i, axes in ((pair.a, pair.a_axes), (pair.b, pair.b_axes)):
+        shape = [leaves[i].shape[axis] for axis in axes.order if axis not in axes.summed]
+        numbers.append(1 + np.arange(math.prod(shape)).reshape(shape))
     parts = [(share.module, x, _places(pair, share, x, *numbers)) for share, x in found]
     factors = []
-    for k, (name, shape) in enumerate(zip("ab", shapes, strict=True)):
-        entries = np.zeros(1 + math.prod(shape))
+    for k, name in enumerate("ab"):
+        entries = np.zeros(1 + numbers[k].size)
         for _, adapter, places in parts:
             entries[places[k]] = adapter[k]
         for _, adapter, places in parts:
@@ -188,7 +183,7 @@ def _assemble(
                     f"{pair.path} has one {name} for {' and '.join(alike)}, but in the file theirs "
                     "differ; load it into a tree with a pair for each module"
                 )
-        factors.append(entries[1:].reshape(shape))
+        factors.append(entries[numbers[k]])
     return factors
 
 
