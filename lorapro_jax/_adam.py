@@ -125,10 +125,9 @@ def full_rule(numbers: Numbers) -> Rule:
         g = tangent(f, h[0] / now, h[1] / now)
         return f, times(g, now), mean_root(now * root_mean_square(g), size, b2)
 
-    def moments(f: Frames, g: Tangent, mu: Array, rms: Array, size: Array) -> tuple[Array, Array]:
-        G, size = dense(f, g, mu), positive(size)
-        rms = size * jnp.sqrt(mean((G / size) ** 2, (rms / size) ** 2, b2))
-        return mean(G, mu, b1).astype(mu.dtype), rms
+    def moments(f: Frames, g: Tangent, mu: Array, rms: Array) -> tuple[Array, Array]:
+        G = dense(f, g, mu)
+        return mean(G, mu, b1).astype(mu.dtype), mean_root(G, rms, b2)
 
     def direction(f: Frames, mu: Array, rms: Array, size: Array, count: Array) -> Step:
         size, dtype = positive(size), rms.dtype
@@ -141,7 +140,7 @@ def full_rule(numbers: Numbers) -> Rule:
         (mu, rms, size), batch, axes = state, p.s.ndim, (0, 0, 0, 0, None)
         f, g, size = over_batch(gradient, batch)(p, h, size)
         if spec_of(mu)[0] is not None:  # every device has pairs of its own
-            mu, rms = over_batch(moments, batch)(f, g, mu, rms, size)
+            mu, rms = over_batch(moments, batch)(f, g, mu, rms)
             return over_batch(direction, batch, axes)(f, mu, rms, size, count), (mu, rms, size)
         # One pair at a time: g~ and U are (m, n) too, and need not exist for all.
 
@@ -154,7 +153,7 @@ def full_rule(numbers: Numbers) -> Rule:
                 return tuple(lax.dynamic_update_index_in_dim(x, y, i, 0) for x, y in pairs)
 
             held, step = carry[:2], carry[2:]
-            held = put(held, over_batch(moments, batch - 1)(*at((f, g, *held, size))))
+            held = put(held, over_batch(moments, batch - 1)(*at((f, g, *held))))
             # read back: XLA then updates the moments in place
             new = over_batch(direction, batch - 1, axes)(*at((f, *held, size)), count)
             return *held, *put(step, new)

@@ -28,8 +28,7 @@ def mean(new: Array, old: Array, decay: Any) -> Array:
 
 def mean_root(new: Array, old: Array, decay: Any) -> Array:
     """One step of an exponential average of squares, of which `old` and `new` are the roots."""
-    size = positive(jnp.maximum(jnp.max(new), jnp.max(old)))
-    return size * jnp.sqrt(mean((new / size) ** 2, (old / size) ** 2, decay))
+    return jnp.hypot((1 - decay) ** 0.5 * new, decay**0.5 * old)
 
 
 def correction(decay: Any, count: Int[Array, ""], dtype: Any) -> Float[Array, ""]:
