@@ -60,8 +60,7 @@ def diagnose(
       params: the parameters, factors and whatever else.
       grads: their gradients, clipped or not: every figure but the norms is scale-free.
       scale: as in `lp.lorapro`.
-      updates: what an optimizer is about to add to `params`: the descent direction -updates is
-        judged. By default LoRA-Pro's own step is.
+      updates: an optimizer's, of which -updates is judged; by default LoRA-Pro's own step is.
       state: the optimizer's state, for `bounded`, which is NaN without it.
       damping, layout: as in `lp.lorapro`. Only the default step is damped, not the target.
 
@@ -122,7 +121,8 @@ def _figures(
     target, step = projected(0.0), projected(damping) if step is None else step
     compared = (*_compare(p, step, target), *_compare(p, h, target))
     conditions = _condition(p.a), _condition(jnp.moveaxis(p.b, 0, -1))
-    norms = *(jnp.sqrt(jnp.sum(x**2)) for x in step), _norm(p, step), _norm(p, target)
+    norm_a, norm_b = (jnp.sqrt(jnp.sum(x**2)) for x in step)
+    norms = norm_a, norm_b, _norm(p, step), _norm(p, target)
     return PairDiagnostics(*compared, *conditions, *norms, bounded)
 
 

@@ -25,15 +25,13 @@ def state_shardings(
     """The sharding of each leaf of `tx.init(params)`, for jit's out_shardings and for Orbax.
 
     A leaf that belongs to a parameter (its path ends with the parameter's, shapes agree) is sharded
-    as that is; what a group of pairs holds as its factors, and full mode's dense moments as the
-    kernel that the pair adapts. Everything else (counts, hyperparameters) is replicated.
+    as that is, the pairs' moments as their factors or, if dense, their kernels; the rest is not.
 
     Args:
       tx: any optax transformation, with whatever it is chained or masked with.
       params: arrays or ShapeDtypeStructs whose `sharding` is a NamedSharding, all on one mesh.
-      kernels: from a pair's path to the PartitionSpec of its kernel, as (*batch, *m, *n), or None
-        for the default: rows sharded as a's, columns as b's, the rows first where both want one
-        mesh axis. To be given where factors are replicated and kernels are not.
+      kernels: from a pair's path to its kernel's PartitionSpec, (*batch, *m, *n), where kernels are
+        sharded and factors are not. None, the default: rows as a's, then columns as b's.
       layout: as in `lp.lorapro`.
 
     Returns:
@@ -105,7 +103,7 @@ def _kernel(group: Group, default: tuple[Any, ...], kernels: Kernels | None) -> 
     chosen, axes = next(iter(given)), len(default) - group.stacked
     if given == {None}:
         return default
-    if len(given) > 1 or len(chosen) > axes:
+    if chosen is None or len(given) > 1 or len(chosen) > axes:
         raise ValueError(
             f"kernels gives {given} for {', '.join(pair.path for pair in group.pairs)}, whose "
             f"moments are one array; they need one spec, of {axes} axes at most"
