@@ -13,10 +13,9 @@ def low_rank(
     x: Float[Array, "*rows m"], a: Float[Array, "m r"], b: Float[Array, "r n"], precision=None
 ) -> Float[Array, "*rows n"]:
     """(x a) b, over rows in one axis: what a matrix product is fastest at."""
-    if jax.sharding.AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types:
-        rows = x  # merging axes that are sharded explicitly is an error
-    else:
-        rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    # merging axes that are sharded explicitly is an error
+    explicit = jax.sharding.AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+    rows = x if explicit else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     y = jnp.matmul(jnp.matmul(rows, a, precision=precision), b, precision=precision)
     return y.reshape(*x.shape[:-1], b.shape[1])
 

@@ -1,8 +1,7 @@
 """LoRA on Linen models: y = x (K + s a b) + bias at every adapted Dense, by nn.intercept_methods.
 
-The factors live in a tree of their own: the kernel at params["layer"]["kernel"] has
-lora["layer"]["lora_a"] (m, r) and ["lora_b"] (r, n); m and n are all of the kernel's input and
-output axes. `params` and the model's code do not change.
+The factors are a tree of their own: to params["layer"]["kernel"] belong lora["layer"]["lora_a"]
+(m, r) and ["lora_b"] (r, n); m and n are all of the kernel's input and output axes.
 """
 
 import inspect
@@ -139,23 +138,21 @@ def apply_with_lora(
 ) -> Any:
     """module.apply(variables, *args, **kwargs) with K + s a b in place of every adapted kernel.
 
-    Those are the kernels of every nn.Dense and nn.DenseGeneral whose path is in `lora`, also inside
-    nn.remat and in subclasses.
+    Adapted is every nn.Dense or nn.DenseGeneral (subclasses, nn.remat) whose path is in `lora`.
 
     Args:
       module: the model, unbound.
-      variables, *args: as in module.apply.
+      variables, *args, **kwargs: as in module.apply, but for `scale` and `allow_unused`.
       lora: the tree from `init_lora`; differentiate with respect to it.
       scale: s, a positive float (alpha / r), or a callable of the module path.
       allow_unused: accept factors that no layer used, as when `method` runs a part of the model.
-      **kwargs: as in module.apply, and the model's own other than `scale` and `allow_unused`.
 
     Returns:
       What module.apply returns.
 
     Raises:
-      ValueError: an adapter was not used, does not fit its kernel, lacks a factor or belongs to a
-        layer with batch_dims; a scale is not positive.
+      ValueError: an adapter is unused, does not fit, lacks a factor or is for a layer with
+        batch_dims; a scale is not positive.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -199,8 +196,7 @@ def merge_lora(params: Any, lora: Any, scale: Scale) -> Any:
 
     Args:
       params: variables["params"], as given to `init_lora`.
-      lora: the tree of factors, a (m, r) and b (r, n).
-      scale: s, a positive float, or a callable of the module path.
+      lora, scale: as in `apply_with_lora`.
 
     Returns:
       A tree like `params` (boxes and FrozenDicts kept), the adapted kernels replaced.

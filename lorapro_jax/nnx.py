@@ -49,18 +49,17 @@ _BASE = {adapted: base for base, adapted in _ADAPTED.items()}
 def _targets(model: nnx.Module, pattern: str) -> dict[str, Any]:
     """The modules to adapt, by path; raises if there is none or if one cannot be adapted."""
     modules = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
-    supported = {path: module for path, module in modules.items() if type(module) in _ADAPTED}
-    found = {path: module for path, module in supported.items() if re.fullmatch(pattern, path)}
-    for path, module in modules.items():
-        if re.fullmatch(pattern, path):
-            if type(module) in _BASE:
-                raise ValueError(f"{path} has an adapter already; merge_lora it first")
-            if not found:
-                raise ValueError(
-                    f"targets {pattern!r} matches no linear layer: {path!r} is a "
-                    f"{type(module).__name__}; supported are exactly nnx.Linear, nnx.LinearGeneral"
-                )
-    check_matches("targets", [pattern], supported)
+    matched = {path: module for path, module in modules.items() if re.fullmatch(pattern, path)}
+    found = {path: module for path, module in matched.items() if type(module) in _ADAPTED}
+    for path, module in matched.items():
+        if type(module) in _BASE:
+            raise ValueError(f"{path} has an adapter already; merge_lora it first")
+        if not found:
+            raise ValueError(
+                f"targets {pattern!r} matches no linear layer: {path!r} is a "
+                f"{type(module).__name__}; supported are exactly nnx.Linear, nnx.LinearGeneral"
+            )
+    check_matches("targets", [pattern], (p for p, x in modules.items() if type(x) in _ADAPTED))
     return found
 
 
@@ -97,9 +96,8 @@ def add_lora(
     Args:
       model: any nnx module.
       rank: r, at least 1. More than min(m, n) is allowed and adds nothing.
-      alpha: s = alpha / r; positive.
+      alpha, rslora: s = alpha / r, or alpha / sqrt(r) with `rslora`; positive.
       targets: regex, compared with the whole module path ("encoder/layers/0/attention/query").
-      rslora: s = alpha / sqrt(r) instead.
       dropout: rate in [0, 1) on the adapter's input only; it follows model.train() and .eval().
       dtype: of the factors; None is the kernel's, but at least float32.
       rngs: keys for a ("params") and for the dropout ("dropout").
@@ -109,13 +107,12 @@ def add_lora(
         matrix (batch axes, nnx.vmap), a number is out of range. The model is then unchanged.
 
     Example:
-      >>> import jax, jax.numpy as jnp
       >>> from flax import nnx
       >>> from lorapro_jax import nnx as lora
       >>> model = nnx.Sequential(nnx.Linear(4, 16, rngs=nnx.Rngs(0)), nnx.relu)
       >>> lora.add_lora(model, rank=2, targets=r"layers/0", rngs=nnx.Rngs(1))
-      >>> jax.tree.map(jnp.shape, nnx.to_pure_dict(nnx.state(model, nnx.LoRAParam)))
-      {'layers': {0: {'lora_a': (4, 2), 'lora_b': (2, 16)}}}
+      >>> model.layers[0].lora_a.shape, model.layers[0].lora_b.shape
+      ((4, 2), (2, 16))
 
     References:
       LoRA, arXiv:2106.09685, section 4.1; rsLoRA, arXiv:2312.03732, theorem 3.2.
@@ -159,7 +156,7 @@ def merge_lora(model: nnx.Module) -> None:
     References:
       LoRA, arXiv:2106.09685, section 4.1: no additional inference latency.
     """
-    adapted = [module for _, module in nnx.iter_modules(model) if type(module) in _BASE]
+    adapted: list[Any] = [module for _, module in nnx.iter_modules(model) if type(module) in _BASE]
     if not adapted:
         raise ValueError("the model has no adapter to merge")
     for module in adapted:
