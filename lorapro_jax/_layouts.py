@@ -52,11 +52,9 @@ class Layout:
     """How to find pairs by path, and how the axes of their leaves lie.
 
     Args:
-      a: regex that matches the whole path of a first factor; its group `pair` names the pair.
-      b: the same for the second factor; two leaves with the same `pair` belong together.
+      a, b: regexes of the whole paths of both factors, whose group `pair` names the pair.
       dims: {regex of the pair's path: LoRADimensionNumbers}, for what `infer` cannot tell.
-      infer: (path, number of a's axes, of b's) -> LoRADimensionNumbers, or None if ambiguous, as
-        by default where neither leaf is a matrix.
+      infer: (path, a.ndim, b.ndim) -> LoRADimensionNumbers, or None where that is ambiguous.
 
     Example:
       >>> import lorapro_jax as lp

@@ -97,8 +97,7 @@ def split(params: Any, *, layout: Layout | None = None) -> tuple[Any, Any]:
     and an optimizer initialised on `lora` holds no state for it.
 
     Args:
-      params: any pytree of parameters.
-      layout: how pairs are named; `lp.layouts.FLAX` by default.
+      params, layout: as in `lp.labels`.
 
     Returns:
       Two trees; `lp.merge(lora, base)` is `params` again.
@@ -123,8 +122,7 @@ def merge(lora: Any, base: Any) -> Any:
     """The tree that `lp.split` took apart.
 
     Args:
-      lora: a tree of leaves or None.
-      base: the same tree with None where `lora` has a leaf. None in both stays None.
+      lora, base: two trees alike, with None in one where the other has a leaf, or in both.
 
     Returns:
       One tree with every leaf.

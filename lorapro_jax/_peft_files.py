@@ -2,8 +2,7 @@
 
 adapter_model.safetensors holds base_model.model.<module>.lora_A.weight (r, in) and .lora_B.weight
 (out, r). PEFT computes W x + scale B A x with scale = alpha / r, or alpha / sqrt(r) with rsLoRA;
-adapter_config.json has r and lora_alpha, and rank_pattern and alpha_pattern for the modules whose
-name's end, from any dot on, a key of theirs matches: the first that does counts.
+adapter_config.json has r and lora_alpha, and exceptions in rank_pattern and alpha_pattern.
 """
 
 import json
@@ -14,7 +13,6 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -26,6 +24,7 @@ TASK_TYPES = (
     "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION",
 )  # fmt: skip
 
+_MODULE = r"(.*\.)?({})$"  # a key matches a module's end, from any dot on; the first counts
 _TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 
 # The values of these that are plain LoRA; the other initialisations change the base weights.
@@ -54,7 +53,7 @@ class Adapter(NamedTuple):
     scale: float
 
 
-def _safetensors() -> ModuleType:
+def _safetensors() -> Any:
     try:
         import safetensors.numpy
     except ImportError as error:
@@ -107,17 +106,13 @@ def _read_config(file: pathlib.Path) -> dict[str, Any]:
     return config
 
 
-def _regex(key: str) -> re.Pattern:
-    return re.compile(rf"(.*\.)?({key})$")
-
-
 def _values(config: dict, name: str, default: Any, modules: Iterable[str], file: Any) -> dict:
     """{module: its value} by rank_pattern or alpha_pattern."""
     entries = config.get(name) or {}
     if not isinstance(entries, dict):
         raise ValueError(f"{file}: {name} is {entries!r}, not an object")
     try:
-        regexes = [(_regex(key), value) for key, value in entries.items()]
+        regexes = [(re.compile(_MODULE.format(key)), value) for key, value in entries.items()]
     except re.error as error:
         raise ValueError(f"{file}: a key of {name} is not a valid regex: {error}") from error
     values = {}
@@ -157,6 +152,8 @@ def _read_tensors(file: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]
         match = _TENSOR.fullmatch(name)
         if match is None:
             raise ValueError(f"{file}: {name} is no factor of plain LoRA on a linear layer")
+        if not jnp.issubdtype(tensor.dtype, jnp.floating):
+            raise ValueError(f"{file}: {name} has dtype {tensor.dtype}, no float")
         found.setdefault(match["module"], {})[match["factor"]] = tensor
     for module, factors in found.items():
         for missing in {"A", "B"} - factors.keys():
@@ -165,9 +162,6 @@ def _read_tensors(file: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]
 
 
 def _check_shapes(where: str, A: np.ndarray, B: np.ndarray, rank: int) -> None:
-    for name, factor in (("lora_A", A), ("lora_B", B)):
-        if not jnp.issubdtype(factor.dtype, jnp.floating):
-            raise ValueError(f"{where}.{name}.weight has dtype {factor.dtype}, no float")
     if A.ndim != 2 or B.ndim != 2:
         raise ValueError(f"{where} has lora_A {A.shape}, lora_B {B.shape}; only linear layers fit")
     if A.shape[0] != rank or B.shape[1] != rank:
@@ -184,8 +178,8 @@ def write(
 ) -> None:
     """Writes both files; `options` go into the configuration as they are.
 
-    A crash or a full disk leaves the old adapter, the new one, or, between the two replacements,
-    weights without a configuration. A killed process may leave a folder .partial-* to delete.
+    A crash or a full disk leaves the old adapter, the new one, or weights without a configuration;
+    a killed process may leave a folder .partial-* to delete.
     """
     text = json.dumps(_config(adapters, rslora) | options, indent=2, allow_nan=False) + "\n"
     tensors = {
@@ -234,7 +228,7 @@ def _alpha(rank: int, scale: float, rslora: bool) -> float | int:
 def _key(module: str, modules: Iterable[str]) -> str:
     """The plain name, which older readers look up, if it matches no other; else an exact regex."""
     try:
-        regex = _regex(module)
+        regex = re.compile(_MODULE.format(module))
     except re.error:
         return "^" + re.escape(module)
     matched = [other for other in modules if regex.match(other)]

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from scipy.linalg import block_diag
 
 from lorapro_jax._layouts import Pair
 from lorapro_jax._paths import check_matches
@@ -68,21 +69,13 @@ class Share(NamedTuple):
     diagonal: Literal["a", "b"]  # the factor whose slices are joined on a diagonal
 
 
-def take(share: Share, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def take(share: Share, a: np.ndarray, b: np.ndarray) -> tuple[Any, Any]:
     """The module's A (r, in) and B (out, r) out of a pair's canonical factors."""
     many_a = [a[i].reshape(-1, a.shape[-1]) for i, _ in share.slices]
     many_b = [b[j].reshape(b[j].shape[0], -1) for _, j in share.slices]
     if share.diagonal == "a":
-        return _diagonal(many_a).T, np.concatenate(many_b).T
-    return np.concatenate(many_a, axis=1).T, _diagonal(many_b).T
-
-
-def _diagonal(blocks: Sequence[np.ndarray]) -> np.ndarray:
-    """k matrices (m, n) on the diagonal of one (k m, k n)."""
-    k, (m, n) = len(blocks), blocks[0].shape
-    joined = np.zeros((k, m, k, n), blocks[0].dtype)
-    joined[range(k), :, range(k)] = blocks
-    return joined.reshape(k * m, k * n)
+        return block_diag(*many_a).T, np.concatenate(many_b).T
+    return np.concatenate(many_a, axis=1).T, block_diag(*many_b).T
 
 
 def plan(pairs: Sequence[Pair], leaves: Sequence, modules: Mapping) -> dict[str, list[Share]]:

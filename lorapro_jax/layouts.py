@@ -1,7 +1,6 @@
 """The presets: how each project of the JAX ecosystem names and lays out its LoRA factors.
 
-Scanned layers (L, D, r), (L, r, F) and other pairs of two leaves with three or more axes are errors
-until `declare` says which axes are the batch.
+Where both leaves have three axes or more, as in scanned layers, `declare` says which are the batch.
 """
 
 import re
@@ -52,8 +51,8 @@ PEFT = Layout(
 LORAX = Layout(a=r"(?P<pair>.+)/b", b=r"(?P<pair>.+)/a")
 """lorax: LoraWeight(w, a, b), whose b (in, r) is our a and whose a (r, out) is our b.
 
-Where other leaves are called b (Haiku's biases), narrow both patterns to the weights' names, such
-as `dataclasses.replace(LORAX, a=r"(?P<pair>.+/w)/b", b=r"(?P<pair>.+/w)/a")`.
+Where other leaves are called b (Haiku's biases), narrow both patterns to the weights' names:
+`dataclasses.replace(LORAX, a=r"(?P<pair>.+/w)/b", b=r"(?P<pair>.+/w)/a")`.
 """
 
 MAXDIFFUSION = Layout(

@@ -39,16 +39,14 @@ def save(
 ) -> None:
     """Writes every pair of `lora` as an adapter that `peft.PeftModel.from_pretrained` loads.
 
-    Pairs may differ in rank and scale. An older adapter in the folder is replaced, and stays whole
-    if the new one cannot be written.
+    An older adapter in the folder is replaced, and stays whole if the new one cannot be written.
 
     Args:
       directory: the folder for adapter_model.safetensors and adapter_config.json.
       lora: a pytree with the factors: Linen dicts, an nnx.State; other leaves are left alone.
       scale: s, a number or a callable of the pair's path. PEFT's is s up to float64's last digit.
       modules: {regex of the pair's whole path: name of the PyTorch module, a `Split` or a `Join`}.
-        Names take the regex's groups as \\1 and the indices on the batch axes (stacked layers) as
-        {0}, {1}.
+        Names take the regex's groups as \\1, the indices on the batch axes as {0}, {1}.
       layout: how pairs are named and lie; `lp.layouts.FLAX` by default.
       base_model: what base_model_name_or_path shall say, such as "google-bert/bert-base-uncased".
       task_type: PEFT's, such as "CAUSAL_LM". A classifier's head is not in these files.
@@ -104,8 +102,7 @@ def load(
       directory: the folder with adapter_model.safetensors and adapter_config.json.
       like: a pytree whose factors (arrays or ShapeDtypeStructs) are to be replaced, of the
         adapter's ranks. Its other leaves are returned as they are.
-      modules: as for `save`; needed with `like`, and only there.
-      layout: of `like`; `lp.layouts.FLAX` by default.
+      modules, layout: of `like`, as in `save`; modules are needed with it, and only there.
 
     Returns:
       (tree, scales): nested dicts with lora_a (in, r) and lora_b (r, out) at each module, or a tree
