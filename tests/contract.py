@@ -37,7 +37,7 @@ NUMBERS = {
     "lorapro": {"learning_rate": 1e-2, "scale": SCALE, "damping": 1e-6},
     "lorapro_adamw": {
         "learning_rate": 1e-2, "scale": SCALE, "damping": 1e-6, "b1": 0.9, "b2": 0.999,
-        "eps": 1e-8, "weight_decay": 0.1, "floor": 0.01, "clipping_threshold": 1.0, "radius": 0.05,
+        "eps": 1e-8, "weight_decay": 0.1, "floor": 0.1, "clipping_threshold": 1.0, "radius": 0.05,
     },
 }  # fmt: skip
 OPTIMIZERS = {name: FACTORIES[name](**NUMBERS[name], layout=LAYOUT) for name in FACTORIES}

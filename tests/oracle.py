@@ -6,7 +6,7 @@ Everything takes batches of pairs: a (..., m, r), b (..., r, n), G (..., m, n).
 import numpy as np
 
 
-def T(x):
+def transposed(x):
     return np.swapaxes(x, -1, -2)
 
 
@@ -31,7 +31,7 @@ def conditioned(rng, rows, cols, kappa, rank=None):
 
 def factor_gradients(a, b, G, s):
     """What autodiff gives: (s G bᵀ, s aᵀ G)."""
-    return s * G @ T(b), s * T(a) @ G
+    return s * G @ transposed(b), s * transposed(a) @ G
 
 
 def jacobian(a, b, s):
@@ -95,13 +95,16 @@ class Damped:
         self.a, self.b, self.s = a, b, s
         self.floor = ridge(a, b, damping, eps)
         eye = self.floor * np.eye(a.shape[-1])
-        self.P, self.Q = np.linalg.inv(T(a) @ a + eye), np.linalg.inv(b @ T(b) + eye)
+        self.P, self.Q = (
+            np.linalg.inv(transposed(a) @ a + eye),
+            np.linalg.inv(b @ transposed(b) + eye),
+        )
 
     def left(self, U):
-        return self.a @ (self.P @ (T(self.a) @ U))
+        return self.a @ (self.P @ (transposed(self.a) @ U))
 
     def right(self, U):
-        return ((U @ T(self.b)) @ self.Q) @ self.b
+        return ((U @ transposed(self.b)) @ self.Q) @ self.b
 
     def nearest(self, U):
         """The tangent vector P_a U + U P_b - P_a U P_b."""
@@ -112,7 +115,9 @@ class Damped:
         """(da, db) of U's tangent vector; the larger factor's partner takes what both reach."""
         a_larger = np.sum(self.a**2) >= np.sum(self.b**2)
         rest_a, rest_b = (U - self.left(U), U) if a_larger else (U, U - self.right(U))
-        return rest_a @ T(self.b) @ self.Q / self.s, self.P @ T(self.a) @ rest_b / self.s
+        return rest_a @ transposed(self.b) @ self.Q / self.s, self.P @ transposed(
+            self.a
+        ) @ rest_b / self.s
 
     def of_gradients(self, h_a, h_b):
         """The same of the G that h_a = s G bᵀ and h_b = s aᵀ G know, and its three parts."""
@@ -122,16 +127,16 @@ class Damped:
         return along_b - core, core, along_a - core
 
     def size(self, U):
-        """Root mean square of U's tangent vector, in coordinates of the frames."""
-        return self.size_of_gradients(self.s * U @ T(self.b), self.s * T(self.a) @ U)
+        """sqrt(<U, T> / (m n)) of the T nearest to U: its root mean square, or more if damped."""
+        return np.sqrt(np.mean(U * self.nearest(U), axis=(-1, -2)))
 
     def size_of_gradients(self, h_a, h_b):
         """The same of the G that the factors' gradients know."""
         rest = h_b - self.right(h_b)
-        squares = np.sum(h_a @ self.Q * h_a, axis=(-1, -2)) + np.sum(
-            self.P @ rest * rest, axis=(-1, -2)
+        inner = np.sum(h_a @ self.Q * h_a, axis=(-1, -2)) + np.sum(
+            self.P @ h_b * rest, axis=(-1, -2)
         )
-        return np.sqrt(squares / (h_a.shape[-2] * h_b.shape[-1])) / self.s
+        return np.sqrt(inner / (h_a.shape[-2] * h_b.shape[-1])) / self.s
 
     def means_of_squares(self, h_a, h_b):
         """Row and column means of g~², in coordinates of the frames."""
@@ -166,7 +171,7 @@ class Adam:
 class Mode:
     """The direction of a mode, dense, of each step's factors and their gradients."""
 
-    def __init__(self, s, *, b1=0.9, b2=0.999, eps=1e-8, floor=0.01, clip=1.0, damping=1e-6,
+    def __init__(self, s, *, b1=0.9, b2=0.999, eps=1e-8, floor=0.1, clip=1.0, damping=1e-6,
                  rounding=2.0**-52):  # fmt: skip
         self.s, self.b1, self.b2, self.eps, self.floor = s, b1, b2, eps, floor
         self.clip, self.damping, self.rounding, self.t, self.state = clip, damping, rounding, 0, ()

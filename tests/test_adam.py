@@ -1,6 +1,7 @@
 """Full and factored mode against their definitions in dense float64 arrays (oracle.py)."""
 
 import functools
+import itertools
 import math
 
 import jax
@@ -15,7 +16,11 @@ from trees import SCALE, SIDES
 import lorapro_jax as lp
 
 every_mode = pytest.mark.parametrize("mode", ["full", "factored"])
-every_shape = pytest.mark.parametrize("shape", SIDES, ids=str)
+every_shape = pytest.mark.parametrize(
+    "shape",
+    [x if x in [(3, 8, 2), (9, 4, 17)] else pytest.param(x, marks=pytest.mark.slow) for x in SIDES],
+    ids=str,
+)
 EPS = 2.0**-23
 
 
@@ -88,11 +93,16 @@ def test_full_mode_is_a_dense_numpy_adam_over_100_steps(x64):
 @every_mode
 @every_shape
 def test_every_step_is_the_definitions(x64, rng, mode, shape):
-    """Six steps of pairs of the condition numbers 1 to 100, and of a pair with b = 0."""
+    """Six steps at κ = 10, and from b = 0.
+
+    Where r is above a side, the averages' part along null spaces vanishes but for the rounding
+    over the damping, r · 2e-16 / 1e-6, which the division by small means enlarges threefold.
+    """
     a, b, G, _, _ = trees.many(rng, 8, shape, 10)
     b[:2] = 0
     seen, _ = trees.run(direction(mode), a, b, G)
-    assert np.max(errors(mode, seen)) < 1e-9
+    m, r, n = shape
+    assert np.max(errors(mode, seen)) < (1e-9 if r <= min(m, n) else 3e-8)
 
 
 @every_mode
@@ -132,11 +142,11 @@ def test_with_the_full_rank_factored_mode_is_adafactors_second_moment(x64, rng):
 
 @pytest.mark.float32
 @every_mode
-@pytest.mark.parametrize("size", [1e-30, 1e-8, 1.0, 1e30])
-def test_gradients_of_any_size_give_the_definitions_step_in_float32(rng, mode, size):
+def test_gradients_of_any_size_give_the_definitions_step_in_float32(rng, mode):
     """Also where their squares have no place in float32."""
-    a, b, G, _, _ = trees.many(rng, 4, (9, 4, 17), 3)
-    seen, state = trees.run(direction(mode), a, b, size * G, jnp.float32)
+    a, b, G, _, _ = trees.many(rng, 8, (9, 4, 17), 3)
+    sizes = np.repeat([1e-30, 1e-8, 1.0, 1e30], 2)[:, None, None, None]
+    seen, state = trees.run(direction(mode), a, b, sizes * G, jnp.float32)
     assert np.max(errors(mode, seen, rounding=EPS)) < 3e-5
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(state))
 
@@ -153,17 +163,20 @@ def test_gradients_may_grow_and_shrink_by_orders_of_magnitude(rng, mode):
 
 @pytest.mark.float32
 @every_mode
-@pytest.mark.parametrize("zero", ["a", "b", "both"])
-@pytest.mark.parametrize("size", [0.0, 1e-30, 1.0, 1e30])
-def test_zero_factors_and_any_gradient_of_them_give_finite_steps(rng, mode, zero, size):
-    """Also gradients that autodiff would not give."""
-    a, b, _ = oracle.pair(rng, 9, 4, 17)
-    a, b = (x * (zero not in (name, "both")) for name, x in (("a", a), ("b", b)))
-    params = {"q": trees.node(a, b, jnp.float32)}
-    grads = {"q": trees.node(*(size * rng.normal(size=x.shape) for x in (a, b)), jnp.float32)}
+def test_zero_factors_and_any_gradient_of_them_give_finite_steps(rng, mode):
+    """Also gradients that autodiff would not give. One program for all cases."""
+    cases = list(itertools.product(((0, 1), (1, 0), (0, 0)), (0.0, 1e-30, 1.0, 1e30)))
+    shapes = (len(cases), 9, 4), (len(cases), 4, 17)
+    zero, sizes = (np.array(x, float) for x in zip(*cases, strict=True))
+    params, grads = (
+        {"q": trees.node(*(x[:, None, None] * rng.normal(size=shape)
+                           for x, shape in zip(factors, shapes, strict=True)), jnp.float32)}
+        for factors in (zero.T, (sizes, sizes))
+    )  # fmt: skip
     tx = lp.lorapro_adamw(1e-2, SCALE, mode=mode)
 
     @jax.jit
+    @jax.vmap
     def three_steps(params, grads):
         state = tx.init(params)
         for _ in range(3):
@@ -305,7 +318,8 @@ def test_leaves_in_no_pair_get_plain_adamw(x64, mode):
     def three_steps(tx, grads, params):
         state, bias = tx.init(params), []
         for i in range(3):
-            updates, state = tx.update(jax.tree.map(lambda x, i=i: x / (i + 1), grads), state, params)
+            now = jax.tree.map(lambda x, i=i: x / (i + 1), grads)
+            updates, state = tx.update(now, state, params)
             params = optax.apply_updates(params, updates)
             bias.append(updates["bias"])
         return bias

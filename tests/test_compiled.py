@@ -1,4 +1,4 @@
-"""One program for every backend: what is compiled, exported, and run inside other transformations."""
+"""One program for every backend: compiled, exported, and inside other transformations."""
 
 import functools
 import os
@@ -74,7 +74,7 @@ HARMLESS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "Sharding"}
 @every_method
 @pytest.mark.parametrize("r", [1, 8, 64])
 def test_a_tpus_program_has_no_custom_call(method, r):
-    """Compiled ahead of time, in a process with the compiler's settings, where libtpu is installed."""
+    """Compiled ahead of time, in a process with the compiler's settings; needs libtpu."""
     pytest.importorskip("libtpu")
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
         "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "JAX_ENABLE_X64": "0",
@@ -98,6 +98,10 @@ def test_it_exports_for_every_platform(method):
 
 
 # --- inside other transformations --------------------------------------------------------------
+
+every_inner = pytest.mark.parametrize(
+    "method", ["factored", *(pytest.param(x, marks=pytest.mark.slow) for x in ("full", "lorapro"))]
+)
 
 
 def problem(seed, dtype=jnp.float32):
@@ -132,7 +136,7 @@ def close(found, wanted):
     trees.assert_close(found, wanted, rtol=2e-4, atol=1e-6)
 
 
-@every_method
+@every_inner
 @pytest.mark.parametrize("where", ["inside", "outside"])
 def test_under_vmap(expected, method, where):
     (params, grads), of = expected
@@ -142,7 +146,7 @@ def test_under_vmap(expected, method, where):
     close(run(params, grads, *([state] if state is not None else [])), of(method))
 
 
-@every_method
+@every_inner
 def test_under_scan(expected, method):
     (params, grads), of = expected
     tx = METHODS[method]()
@@ -176,7 +180,7 @@ def test_under_shard_map(expected, method, where):
     close(run(*arrays), of(method))
 
 
-@every_method
+@every_inner
 @pytest.mark.parametrize("where", ["inside", "outside"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_under_pmap(expected, method, where):
@@ -191,7 +195,13 @@ def test_under_pmap(expected, method, where):
 # --- dtypes ------------------------------------------------------------------------------------
 
 
-@every_method
+optaxs_adam = pytest.mark.xfail(strict=True, reason="optax.adam, for leaves in no pair, promotes")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(x, marks=optaxs_adam) for x in ("full", "factored")] + ["lorapro"],
+)
 @pytest.mark.parametrize("dtypes", [("bfloat16",) * 2, ("bfloat16", "float32"), ("float16",) * 2])
 def test_strict_promotion_of_narrow_factors(method, dtypes):
     """Nothing is promoted in silence; steps come in each factor's own dtype, and are finite."""

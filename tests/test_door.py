@@ -1,4 +1,4 @@
-"""Errors at the door: what was expected, what came, where, what to do. Nothing is wrong in silence."""
+"""Errors at the door: what was expected, what came, where, what to do; nothing in silence."""
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +64,9 @@ def test_a_state_of_other_pairs_names_the_group_and_both_shapes(mode, change):
     before, after = (tree(**shapes) for shapes in CHANGES[change])
     tx = lp.scale_by_lorapro_adam(SCALE, mode=mode)
     state = state_of(tx, before)
-    message = r"State\.\w+ does not fit the parameters: the state has (\(.*\)|nothing) for '(x|layers_).*"
+    message = (
+        r"State\.\w+ does not fit the parameters: the state has (\(.*\)|nothing) for '(x|layers_).*"
+    )
     with pytest.raises(ValueError, match=message + r"the pairs need (\(.*\)|nothing)\. .*init"):
         update(tx, state, after)
 
@@ -73,7 +75,7 @@ def test_a_state_of_other_pairs_names_the_group_and_both_shapes(mode, change):
 def test_a_state_of_another_mode_names_both(made, used):
     params = tree(x=(6, 2, 5))
     state = state_of(lp.lorapro_adamw(1e-3, SCALE, mode=made), params)
-    with pytest.raises(ValueError, match=f"is a {made.title()}State.* needs a {used.title()}State"):
+    with pytest.raises(ValueError, match=f"of {made.title()}State.* needs {used.title()}State"):
         update(lp.lorapro_adamw(1e-3, SCALE, mode=used), state, params)
 
 

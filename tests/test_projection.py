@@ -1,4 +1,4 @@
-"""`lorapro` and `minimum_norm`: the part of the full gradient that factors can reach, and its split."""
+"""`lorapro` and `minimum_norm`: what factors can reach of the full gradient, and its split."""
 
 import functools
 

@@ -1,4 +1,6 @@
-"""`retract`: the product moves by da b + a db, not by more, and no step is far above the recent ones."""
+"""`retract`: the product moves by da b + a db; no step is far above the recent ones."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +55,7 @@ def test_it_is_the_dense_least_squares_fit(x64, rng, shape):
     a, b, da, db = (
         np.stack([rng.normal(size=dims) for _ in sizes]) for dims in ((m, r), (r, n)) * 2
     )
-    a, b = (x * np.array(s)[:, None, None] for x, s in zip((a, b), zip(*sizes), strict=True))
+    a, b = (x * s[:, None, None] for x, s in zip((a, b), np.transpose(sizes), strict=True))
     found = retracted(a, b, da, db, radius=None)
     for i in range(len(sizes)):
         expected = dense_fit(a[i], b[i], da[i], db[i], 1e-6, EPS["float64"])
@@ -62,7 +64,7 @@ def test_it_is_the_dense_least_squares_fit(x64, rng, shape):
 
 
 def test_steps_of_the_fit_leave_out_da_db(x64, rng):
-    """Where b spans its rows the product moves by P da b + a db at most, whatever the step's size."""
+    """The product ends nearer to where da b + a db would take it than by da b."""
     a, b, da, db = (rng.normal(size=(1, *x)) for x in ((9, 4), (4, 30), (9, 4), (4, 30)))
     a = 10 * a
     a2, b2 = retracted(a, b, da, db, radius=None, damping=0.0)
@@ -84,7 +86,7 @@ def test_a_step_far_larger_than_the_factors_stays_finite_in_float32(rng):
 
 
 def moves(rates, G, tx_of_rate, params):
-    """(rates, steps): ||s d(ab)|| of every step of a run at each rate, and how often it was bound."""
+    """(rates, steps): ||s d(ab)|| of every step at each rate, and how often the bound acted."""
 
     @jax.jit
     @jax.vmap
@@ -117,7 +119,7 @@ def start(rng, dtype=jnp.float32):
 @pytest.mark.float32
 @pytest.mark.parametrize("mode", ["full", "factored"])
 def test_no_step_is_above_the_bound_at_any_rate(rng, mode):
-    """The radius at first, then half more than the recent steps."""
+    """The radius at first, then a quarter more than the recent steps."""
     params, G, radius = start(rng)
     sizes, bounded = moves(
         [1e-4, 1e-2, 1.0, 1e3], G, lambda rate: lp.lorapro_adamw(rate, SCALE, mode=mode), params
@@ -125,7 +127,7 @@ def test_no_step_is_above_the_bound_at_any_rate(rng, mode):
     assert np.all(np.isfinite(sizes))
     assert np.all(sizes[:, 0] <= 1.01 * radius)
     largest = np.maximum.accumulate(sizes, axis=1)
-    assert np.all(sizes[:, 1:] <= 1.01 * np.maximum(1.5 * largest[:, :-1], 10 * radius))
+    assert np.all(sizes[:, 1:] <= 1.01 * np.maximum(1.25 * largest[:, :-1], 10 * radius))
     assert bounded[0] == 0
     assert bounded[-1] > 0
 
@@ -140,8 +142,8 @@ def test_a_steady_sequence_of_steps_is_never_cut(rng):
     size = float(jnp.linalg.norm(G[0]))
     sizes, bounded = moves([0.3 * radius / size, 3 * radius / size], G, steady, params)
     assert bounded[0] == 0
-    assert 1 <= bounded[1] <= 6
-    assert np.all(sizes[1, 6:] > 1.5 * radius)
+    assert 1 <= bounded[1] <= 12  # ln 3 / ln sqrt((1 + 1.25²) / 2), and two to begin with
+    assert np.all(sizes[1, 6:] > 1.2 * radius)
 
 
 def test_without_a_radius_nothing_is_cut_and_diagnose_tells_the_share(rng):
@@ -149,7 +151,7 @@ def test_without_a_radius_nothing_is_cut_and_diagnose_tells_the_share(rng):
     for radius, share in ((None, 0.0), (1e-9, 1.0)):
         tx = lp.lorapro_adamw(1e-2, SCALE, radius=radius)
         _, state = jax.jit(tx.update)(grads, tx.init(params), params)
-        found = jax.jit(lambda *x: lp.diagnose(*x, SCALE, state=state))(params, grads)
+        found = jax.jit(functools.partial(lp.diagnose, scale=SCALE))(params, grads, state=state)
         assert [float(x.bounded) for x in found.values()] == [share] * len(params)
 
 

@@ -51,7 +51,7 @@ def test_it_is_the_inverse_of_choleskys_factor(rng, r, dtype):
 @pytest.mark.float32
 @pytest.mark.parametrize(("r", "rank"), [(8, 2), (16, 8), (16, 15), (64, 8), (100, 60)])
 def test_eight_roundings_of_damping_suffice_for_any_gram(rng, r, rank):
-    """||J|| <= 1 / sqrt(λ) up to a half, for Grams of deficient factors as float32 computes them."""
+    """||J|| <= 1 / sqrt(λ) up to a half, for deficient factors' Grams as float32 has them."""
     pairs = 4000 if r <= 16 else 200
     u, v = (np.linalg.qr(rng.normal(size=(pairs, k, rank)))[0] for k in (r, rank))
     values = np.geomspace(1, 10.0 ** -rng.uniform(0, 4, pairs), rank, axis=1)
@@ -81,8 +81,8 @@ def test_sylvesters_equation_is_solved_as_scipy_does(rng, r, dtype):
     P, Q = (grams(rng, r, column) for column in zip(*kappas, strict=True))
     R = rng.normal(size=P.shape)
     P, Q, R = (np.float64(np.asarray(jnp.asarray(x, dtype))) for x in (P, Q, R))
-    solve = jax.jit(jax.vmap(_small.sylvester))
-    found = solve(*(jnp.asarray(x, dtype) for x in (P, Q, R)))
+    solve = jax.jit(jax.vmap(_small.sylvester, (0, 0, 0, None)))
+    found = solve(*(jnp.asarray(x, dtype) for x in (P, Q, R)), jnp.asarray(1e-3, dtype))
     for Z, *of, kappa in zip(found, P, Q, R, kappas, strict=True):
         exact = scipy.linalg.solve_sylvester(*of)
         bound = 100 * EPS[dtype] * max(kappa)
@@ -93,6 +93,6 @@ def test_sylvesters_equation_is_solved_as_scipy_does(rng, r, dtype):
 @pytest.mark.parametrize("name", ["inverse_cholesky", "sylvester"])
 def test_no_custom_call_is_compiled(rng, name, r):
     P = jnp.ones((4, r, r), jnp.float32)
-    arguments = {"inverse_cholesky": (P, P[:, 0, 0]), "sylvester": (P, P, P)}[name]
+    arguments = {"inverse_cholesky": (P, P[:, 0, 0]), "sylvester": (P, P, P, P[:, 0, 0])}[name]
     text = jax.jit(jax.vmap(getattr(_small, name))).lower(*arguments).compile().as_text()
     assert "custom-call" not in text

@@ -1,4 +1,4 @@
-"""Parameter trees with pairs whose full-weight gradient is known, and runs of many pairs at once."""
+"""Trees with pairs whose full-weight gradient is known, and runs of many pairs at once."""
 
 import jax
 import jax.numpy as jnp
@@ -59,12 +59,14 @@ def run(tx, a, b, G, dtype=None):
         (_, state), seen = jax.lax.scan(advance, (params, tx.init(params)), gradients)
         return seen, state
 
-    out, state = jax.jit(jax.vmap(one, out_axes=(1, 0)))(*(jnp.asarray(x, dtype) for x in (a, b, G)))
+    out, state = jax.jit(jax.vmap(one, out_axes=(1, 0)))(
+        *(jnp.asarray(x, dtype) for x in (a, b, G))
+    )
     return tuple(np.asarray(x, np.float64) for x in out), state
 
 
 def many(rng, pairs, shape, kappa, *, steps=6, density=1.0, dead=0.0):
-    """(a, b, G, dead rows, dead columns) of many pairs; a share of rows and columns has no gradient."""
+    """(a, b, G, dead rows, dead columns); a share `dead` of rows and columns has no gradient."""
     m, r, n = shape
     a = np.stack([oracle.conditioned(rng, m, r, kappa) for _ in range(pairs)])
     b = np.stack([oracle.conditioned(rng, r, n, kappa) for _ in range(pairs)])
