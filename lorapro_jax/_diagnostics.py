@@ -109,9 +109,7 @@ def _bounded(state: Any) -> dict[str, Array]:
     }
 
 
-def _figures(
-    damping: Any, p: Factors, h: Step, step: Step | None, bounded: Array
-) -> PairDiagnostics:
+def _figures(damping, p: Factors, h: Step, step: Step | None, bounded: Array) -> PairDiagnostics:
     """The figures of one pair; of the projected gradient where no step is given."""
 
     def projected(damping: Any) -> Step:

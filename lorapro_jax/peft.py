@@ -6,7 +6,7 @@ PEFT and PyTorch are not needed; the package safetensors is (`pip install "lorap
 import math
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -61,8 +61,8 @@ def save(
 
     Example:
       >>> import jax.numpy as jnp, lorapro_jax as lp, tempfile
-      >>> lora = {"layers_0": {"query": {"lora_a": jnp.ones((4, 2)), "lora_b": jnp.ones((2, 6))}}}
-      >>> modules = {r"layers_(\\d+)/query": r"encoder.layer.\\1.attention.self.query"}
+      >>> lora = {"query_0": {"lora_a": jnp.ones((4, 2)), "lora_b": jnp.ones((2, 6))}}
+      >>> modules = {r"query_(\\d+)": r"encoder.layer.\\1.attention.self.query"}
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     lp.peft.save(folder, lora, scale=2.0, modules=modules)
 
@@ -158,9 +158,7 @@ def load(
     return jax.tree.unflatten(treedef, leaves), scales
 
 
-def _assemble(
-    pair: Pair, leaves: Sequence[Any], found: Sequence[tuple[Share, Adapter]]
-) -> list[np.ndarray]:
+def _assemble(pair: Pair, leaves: list, found: list[tuple[Share, Adapter]]) -> list[np.ndarray]:
     """The canonical factors of which each module holds its share; what two share must agree."""
     # The factors' entries numbered from 1: `take` then says where those of A and B belong.
     numbers = []
