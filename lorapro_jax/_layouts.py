@@ -144,9 +144,10 @@ def _make_pair(path: str, index: Mapping[str, int], leaves: Sequence[Any], layou
     dims = next(declared, None) or layout.infer(path, len(a), len(b))
     if dims is None:
         raise ValueError(
-            f"{path} is ambiguous: a {a}, b {b} are stacked layers or heads, or one matrix? Declare "
-            f'it: layout=<yours, or lp.layouts.FLAX>.declare({{r"{re.escape(path)}": dims}}), dims = '
-            "lp.LoRADimensionNumbers(a_batch=(0,), b_batch=(0,)) or, of one, LoRADimensionNumbers()"
+            f"{path} is ambiguous: a {a} and b {b} may be one matrix, or stacked layers, heads or "
+            "experts. Declare it: layout=<yours, or lp.layouts.FLAX>.declare("
+            f'{{r"{re.escape(path)}": lp.LoRADimensionNumbers(a_batch=(0,), b_batch=(0,))}}) for '
+            "layers on axis 0, lp.LoRADimensionNumbers() for one matrix"
         )
     a_axes = _axes(path, "a", len(a), dims.a_rank, dims.a_batch, ())
     b_axes = _axes(path, "b", len(b), dims.b_rank, dims.b_batch, dims.b_sum)
