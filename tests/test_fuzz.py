@@ -30,17 +30,20 @@ KAPPAS = [1, 1e2, 1e4]
 def allowance(mode, shape, kappa, floor=0.1):
     """Of a step's error over its bound.
 
-    The projections are off by some roundings times κ, where the damping lets κ act (to 1e3, at
-    1e-6), and the division by sqrt(v^) enlarges small entries by 1/floor.
+    The projections are off by twenty roundings times κ, where the damping lets κ act (to 1e3, at
+    1e-6), and by four times as many where r is above a side: frames have directions there that
+    are rounding errors. The division by sqrt(v^) enlarges small entries by 1/floor.
 
     In factored mode the averages of h_a belong to the b that was. Where r is above a side, they
     have a part of the step's size, RATE κ beside b, along the null space of the b that is. It
     vanishes but for the Gram's rounding over the damping, an eighth; a column that is small is
-    enlarged by 1/sqrt(floor). At this rate nothing but the bound is claimed beyond κ = 8.
+    enlarged by 1/sqrt(floor). At this rate nothing but the bound is claimed beyond κ = 25.
     """
     m, r, n = shape
-    old = RATE * kappa / 8 / np.sqrt(floor) if mode == "factored" and r > min(m, n) else 0
-    return 40 * EPS * min(kappa, 1e3) / floor + (old if old < 0.1 else 2)
+    above = r > min(m, n)
+    old = RATE * kappa / 8 / np.sqrt(floor) if mode == "factored" and above else 0
+    roundings = 80 if above else 20
+    return roundings * EPS * min(kappa, 1e3) / floor + (old if old < 0.1 else 2)
 
 
 def check(seen, truth, rows, columns, kappa, bound, allowed):
