@@ -32,9 +32,7 @@ def check_scale(scale: Any, name: str = "scale") -> None:
         return
     what = ": it is the s of K0 + s a b in the forward pass, alpha / rank or alpha / sqrt(rank)"
     check_positive(name, scale, what)
-    x = number(scale)
-    if x is not None and not 1e-9 <= x <= 1e9:
-        raise ValueError(f"{name} is {x}, and float32 has no room for it and its inverse{what}")
+    check_between(f"{name} (float32 has to hold it and its inverse)", scale, 1e-9, 1e9)
 
 
 def check_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

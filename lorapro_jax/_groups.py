@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from lorapro_jax._checks import check_scale
 from lorapro_jax._layouts import Pair, factor_specs, read, write
+from lorapro_jax._paths import scale_at
 from lorapro_jax._sharding import explicit, placed, spec_of
 
 Scale = float | Array | Callable[[str], float]
@@ -135,12 +135,10 @@ def write_steps(group: Group, step: tuple[Array, Array], leaves: list[Any]) -> N
 
 def scale_of(group: Group, scale: Scale, like: Array) -> Array:
     """The s of each pair, (*batch,), sharded as the batch axes of `like` are."""
-    numbers = scale
+    numbers: Any = scale
     if callable(scale):
-        numbers = [scale(pair.path) for pair in group.pairs]
-        for pair, number in zip(group.pairs, numbers, strict=True):
-            check_scale(number, f"{pair.path}: scale")
-        numbers = jnp.repeat(jnp.asarray(numbers), group.batch[0] // len(group.pairs))
+        numbers = jnp.asarray([scale_at(scale, pair.path) for pair in group.pairs])
+        numbers = jnp.repeat(numbers, group.batch[0] // len(group.pairs))
         numbers = numbers.reshape(-1, *(1 for _ in group.batch[1:]))
     s = jnp.asarray(numbers, group.dtype)
     sharding = explicit(like, spec_of(like)[: len(group.batch)])

@@ -58,9 +58,8 @@ def pairwise(
 
     def find(paths: list[str], leaves: list[Any]) -> dict[str, Group]:
         check_leaves(paths, leaves)
-        return _groups.groups(
-            find_pairs(paths, leaves, layout, require_pairs=require_pairs), leaves
-        )
+        pairs = find_pairs(paths, leaves, layout, require_pairs=require_pairs)
+        return _groups.groups(pairs, leaves)
 
     def states(found: dict[str, Group], leaves: Sequence[Any]) -> tuple[Any, ...]:
         made = {name: [rule.init(group, leaves) for rule in held] for name, group in found.items()}
@@ -177,10 +176,10 @@ def in_pairs(
 
     def label(params):
         paths, leaves, treedef = flatten(params)
+        check_leaves(paths, leaves)
         if require_pairs:
             check_not_empty(params, leaves)
-        pairs = find_pairs(paths, leaves, layout, require_pairs=require_pairs)
-        inside = factor_indices(pairs)
+        inside = factor_indices(find_pairs(paths, leaves, layout, require_pairs=require_pairs))
         named = ["pairs" if i in inside else "others" for i in range(len(leaves))]
         return jax.tree.unflatten(treedef, named)
 

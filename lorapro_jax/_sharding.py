@@ -27,12 +27,11 @@ def contract(
     like: Array | None = None,
 ) -> Array:
     """`jnp.tensordot` in full precision, sharded like `like` or as the axes that are left."""
-    if like is None:
-        specs = left_over(spec_of(x), x_axes), left_over(spec_of(y), y_axes)
-        out = explicit(x, joined(*specs))
-    else:
-        out = explicit(like, spec_of(like))
     axes = (list(x_axes), list(y_axes))
+    specs = (
+        [e for i, e in enumerate(spec_of(z)) if i not in of] for z, of in ((x, x_axes), (y, y_axes))
+    )
+    out = explicit(x, joined(*specs)) if like is None else explicit(like, spec_of(like))
     return jnp.tensordot(x, y, axes, precision=_PRECISION, out_sharding=out)
 
 
@@ -75,11 +74,6 @@ def explicit(x: Any, spec: Sequence[Any]) -> NamedSharding | None:
 def placed(x: Array, spec: Sequence[Any]) -> Array:
     """`x`, explicitly sharded so."""
     return x if tuple(spec) == spec_of(x) else reshard(x, explicit(x, spec))
-
-
-def left_over(spec: Sequence[Any], axes: Sequence[int]) -> list[Any]:
-    """The entries of all axes but those."""
-    return [entry for i, entry in enumerate(spec) if i not in axes]
 
 
 def joined(*specs: Iterable[Any]) -> tuple[Any, ...]:
