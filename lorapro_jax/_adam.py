@@ -190,10 +190,9 @@ def scale_by_lorapro_adam(
     """Adam on the equivalent gradient g~ of each pair: what full fine-tuning's Adam would do.
 
     Moments m, v of g~; U = m^ / (sqrt(v^) + eps); and the (da, db) whose product is nearest to U.
-    "full" holds m and v as they are, two (m, n) arrays a pair. "factored" holds (m + n)(r + 1)
-    numbers a pair: v as the outer product of its row and column means, as Adafactor does, and m by
-    the averages of the factors' gradients, half of what LoRA under Adam holds. Leaves in no pair
-    get `optax.scale_by_adam`.
+    "full" holds m and v, two (m, n) arrays a pair. "factored" holds (m + n)(r + 1) numbers a pair,
+    half of LoRA under Adam: v by its row and column means, m by averages of the factors'
+    gradients. Leaves in no pair get `optax.scale_by_adam`.
 
     Args:
       scale, damping, layout, require_pairs: as in `lorapro`.
@@ -208,8 +207,8 @@ def scale_by_lorapro_adam(
       mu_dtype: dtype of the first moment; the second is float32 or better.
 
     Returns:
-      A GradientTransformationExtraArgs. Its updates are ascent directions, as all of optax's
-      `scale_by_*`: chain it with `optax.scale_by_learning_rate`, and end the chain with `retract`.
+      A GradientTransformationExtraArgs of ascent directions: chain it with
+      `optax.scale_by_learning_rate`, and end the chain with `retract`.
 
     Raises:
       ValueError: an unknown mode, betas outside [0, 1) in float32, a state of another mode or of
@@ -277,11 +276,9 @@ def lorapro_adamw(
 
         optax.chain(scale_by_lorapro_adam(...), scale_by_learning_rate(rate), retract(...), decay)
 
-    in which the first three share one stack of the pairs.
-
-    Whatever stands before or after it in a chain acts as on `optax.adamw`. Weight decay is
-    decoupled and acts on what was learnt, s a b: each factor decays by half of it. The base weights
-    are frozen and do not decay. Leaves in no pair get `optax.adamw`.
+    Whatever stands before or after it acts as on `optax.adamw`. Weight decay is decoupled and acts
+    on what was learnt, s a b: each factor decays by half of it. Leaves in no pair get
+    `optax.adamw`.
 
     Args:
       learning_rate: a number or an optax schedule; full fine-tuning's rates are a good start.
@@ -296,8 +293,7 @@ def lorapro_adamw(
       A GradientTransformationExtraArgs whose updates are to be added to the parameters.
 
     Raises:
-      ValueError: a negative learning rate or decay, and whatever `scale_by_lorapro_adam` and
-        `retract` raise.
+      ValueError: a negative rate or decay, and whatever `scale_by_lorapro_adam` raises.
 
     Example:
       >>> import jax.numpy as jnp, lorapro_jax as lp, optax

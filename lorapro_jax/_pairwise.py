@@ -152,7 +152,7 @@ def _check_state(needed: PairsState, state: Any) -> None:
 
 def is_placeholder(params: Any) -> bool:
     """Whether `init` is called by optax.tree.map_params, which passes a node of its own."""
-    return type(params).__module__.startswith("optax.")
+    return type(params).__name__ == "_ParamsPlaceholder"
 
 
 def check_not_empty(params: Any, leaves: Sequence[Any]) -> None:
@@ -183,7 +183,12 @@ def in_pairs(
         named = ["pairs" if i in inside else "others" for i in range(len(leaves))]
         return jax.tree.unflatten(treedef, named)
 
-    parts = optax.partition({"pairs": of_pairs, "others": of_others}, label)
+    def lenient(*args, **kwargs):  # optax's Adam raises a float to an integer power
+        with jax.numpy_dtype_promotion("standard"):
+            return optax.with_extra_args_support(of_others).update(*args, **kwargs)
+
+    others = optax.GradientTransformationExtraArgs(of_others.init, lenient)
+    parts = optax.partition({"pairs": of_pairs, "others": others}, label)
 
     def update(updates, state, params=None, **extra_args):
         paths, leaves, treedef = flatten(updates)

@@ -60,8 +60,8 @@ def retract(
         what LoRA's own steps have at its best rates. None: no bound.
 
     Returns:
-      A GradientTransformationExtraArgs for updates that are about to be added to the parameters;
-      leaves in no pair pass through. `lp.diagnose` tells from its state how often the bound acted.
+      A GradientTransformationExtraArgs; leaves in no pair pass through. `lp.diagnose` tells from
+      its state how often the bound acted.
 
     Raises:
       ValueError: a negative radius, and whatever `lorapro` raises.

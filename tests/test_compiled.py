@@ -161,7 +161,9 @@ def test_under_scan(expected, method):
     close(run(one), jax.tree.map(lambda x: x[0], of(method)))
 
 
-@every_method
+@pytest.mark.parametrize(
+    "method", ["factored", "full", pytest.param("lorapro", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("where", ["inside", "outside"])
 def test_under_shard_map(expected, method, where):
     """A problem a device."""
@@ -195,13 +197,7 @@ def test_under_pmap(expected, method, where):
 # --- dtypes ------------------------------------------------------------------------------------
 
 
-optaxs_adam = pytest.mark.xfail(strict=True, reason="optax.adam, for leaves in no pair, promotes")
-
-
-@pytest.mark.parametrize(
-    "method",
-    [pytest.param(x, marks=optaxs_adam) for x in ("full", "factored")] + ["lorapro"],
-)
+@pytest.mark.parametrize("method", ["full", "factored", "lorapro"])
 @pytest.mark.parametrize("dtypes", [("bfloat16",) * 2, ("bfloat16", "float32"), ("float16",) * 2])
 def test_strict_promotion_of_narrow_factors(method, dtypes):
     """Nothing is promoted in silence; steps come in each factor's own dtype, and are finite."""
