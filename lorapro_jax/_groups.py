@@ -78,11 +78,6 @@ def joined(groups: Sequence[Group]) -> Group:
     return first._replace(pairs=pairs, batch=(sum(g.batch[0] for g in groups), *first.batch[1:]))
 
 
-def one_device(x: Any) -> bool:
-    """Whether an array's type says that it cannot be sharded."""
-    return jax.typeof(x).sharding.mesh.size <= 1
-
-
 def stack(group: Group, *trees: Sequence[Array], gradients: bool = False) -> list[Any]:
     """(a, b) of the group for each flattened tree, in the group's dtype.
 

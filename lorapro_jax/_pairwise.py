@@ -120,8 +120,8 @@ def _alike(found: dict[str, Group], leaves: Sequence[Array], *, joins: bool) -> 
     alike: dict[Any, list[str]] = {}
     for name, group in found.items():
         kind = (group.stacked, group.shapes[0][1:], group.shapes[1][1:], group.dtype)
-        together = joins and _groups.one_device(leaves[group.pairs[0].a])
-        alike.setdefault(kind if together else name, []).append(name)
+        one_device = jax.typeof(leaves[group.pairs[0].a]).sharding.mesh.size <= 1
+        alike.setdefault(kind if joins and one_device else name, []).append(name)
     return list(alike.values())
 
 
