@@ -174,7 +174,7 @@ def test_moments_are_sharded_as_the_kernel_where_factors_are_replicated(kind):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-10), new, expected)
 
 
-@pytest.mark.parametrize("mode", MODES[1:])
+@pytest.mark.parametrize("mode", ["factored", pytest.param("full", marks=pytest.mark.slow)])
 def test_a_state_saved_on_one_mesh_goes_on_on_another(tmp_path, mode):
     params, grads, specs = sharded({name: SHAPES[name] for name in ("both", "layers", "heads")})
     tx = transformation(mode, params)
@@ -254,21 +254,17 @@ def test_state_of_frozen_and_masked_parts_is_told_too():
 SIDES = {"wide": (13, 3, 11), "odd": (17, 4, 9), "r above n": (7, 5, 2), "one row": (1, 2, 9)}
 
 
-# 8e-5: the averages' part along null spaces, by the Gram's rounding over the damping
-null_space = pytest.mark.xfail(
-    not jax.config.jax_enable_x64, strict=True, reason="other sums in another program"
-)
-
-
 @pytest.mark.float32
-@pytest.mark.parametrize(
-    "names", [["wide", "odd", "r above n"], pytest.param(["one row"], marks=null_space)], ids=str
-)
-def test_eight_devices_and_one_agree_in_float32_where_r_is_above_a_side(names):
-    """Three steps; of the change of the product, 1e-5. Everything is on every device."""
-    shapes = {name: SIDES[name] for name in names}
-    params, _, dense = trees.make(dtype=jnp.float32, shapes=shapes)
-    tx = lp.lorapro_adamw(1e-3, trees.SCALE)
+def test_eight_devices_and_one_agree_in_float32_where_r_is_above_a_side():
+    """Three steps; of the change of the product, 1e-5. Everything is on every device.
+
+    The one row has a direction in which a is nothing. The averages have a part of the step's size
+    there, which vanishes but for the Gram's rounding over the damping, an eighth.
+    """
+    params, _, dense = trees.make(dtype=jnp.float32, shapes=SIDES)
+    rate, bounds = 1e-3, dict.fromkeys(SIDES, 1e-5)
+    bounds["one row"] = rate / 8
+    tx = lp.lorapro_adamw(rate, trees.SCALE)
 
     @jax.jit
     def three_steps(params, G):
@@ -290,4 +286,4 @@ def test_eight_devices_and_one_agree_in_float32_where_r_is_above_a_side(names):
         before, x, y = (
             a @ b for a, b in (trees.values(node) for node in (start, one[name], eight[name]))
         )
-        assert np.linalg.norm(x - y) <= 1e-5 * np.linalg.norm(x - before), name
+        assert np.linalg.norm(x - y) <= bounds[name] * np.linalg.norm(x - before), name

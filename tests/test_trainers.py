@@ -157,7 +157,6 @@ def test_qwix_on_nnx(quantized):
     train_nnx(model, names["optimizer"])
 
 
-@pytest.mark.xfail(strict=True, reason="lorapro_adamw takes integer leaves in no pair in silence")
 @third_party_warns
 def test_qlora_on_linen_splits_before_grad():
     """The quantised base has integer leaves, which jax.grad refuses."""

@@ -9,7 +9,7 @@ import oracle
 SCALE = 2.0
 SHAPES = {"up_0": (12, 3, 8), "down": (8, 3, 12), "up_1": (12, 3, 8), "wide": (6, 2, 20)}
 # r below, at and above the sides of the pair
-SIDES = [(6, 2, 5), (1, 1, 1), (3, 8, 2), (16, 16, 8), (9, 4, 17)]
+SIDES = [(6, 2, 5), (1, 1, 1), (3, 8, 2), (12, 12, 6), (9, 4, 17)]
 
 
 def make(seed=0, dtype=None, shapes=None):
