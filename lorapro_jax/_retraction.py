@@ -10,7 +10,7 @@ the least-squares fit of a' b' to a b + da b + a db: half a sweep of alternating
 Along directions in which b' has next to nothing (λ, the frames' damping) it is a's own step.
 
 The bound on a step's size is for the first steps: Adam's direction has entries of size 1 then, and
-of .2 or so later. A step may be a quarter larger than the recent ones; `radius` is always allowed.
+of .2 or so later. A step may be a fifth larger than the recent ones; `radius` is always allowed.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ from lorapro_jax._sharding import dot, gram_left, gram_right
 from lorapro_jax._small import inverse_cholesky
 from lorapro_jax._tangent import Factors, ridge
 
-_GROWTH, _DECAY = 1.25, 0.5  # of a step's size over the recent ones'; of their running mean
+_GROWTH, _DECAY = 1.2, 0.5  # of a step's size over the recent ones'; of their running mean
 
 
 class RetractState(NamedTuple):
@@ -51,7 +51,7 @@ def retract(
 
     Added to the factors as they are, (da, db) would move the product by da db too. So one factor
     takes its step, and the other the step that fits the first one's new value. A step may be larger
-    than the recent ones by a quarter; what is above is cut, unless it is small beside the factors.
+    than the recent ones by a fifth; what is above is cut, unless it is small beside the factors.
     So steps grow from b = 0 on: at a high rate, training does not recover from large first ones.
 
     Args:
