@@ -125,9 +125,10 @@ def full_rule(numbers: Numbers) -> Rule:
         g = tangent(f, h[0] / now, h[1] / now)
         return f, times(g, now), mean_root(now * root_mean_square(g), size, b2)
 
-    def moments(f: Frames, g: Tangent, mu: Array, rms: Array) -> tuple[Array, Array]:
-        G = dense(f, g, mu)
-        return mean(G, mu, b1).astype(mu.dtype), mean_root(G, rms, b2)
+    def moments(f: Frames, g: Tangent, mu: Array, rms: Array, size: Array) -> tuple[Array, Array]:
+        G, over = dense(f, g, mu), 1 / positive(size)
+        rms = jnp.sqrt(mean((G * over) ** 2, (rms * over) ** 2, b2)) * positive(size)
+        return mean(G, mu, b1).astype(mu.dtype), rms
 
     def direction(f: Frames, mu: Array, rms: Array, size: Array, count: Array) -> Step:
         size, dtype = positive(size), rms.dtype
@@ -140,27 +141,28 @@ def full_rule(numbers: Numbers) -> Rule:
         (mu, rms, size), batch, axes = state, p.s.ndim, (0, 0, 0, 0, None)
         f, g, size = over_batch(gradient, batch)(p, h, size)
         if spec_of(mu)[0] is not None:  # every device has pairs of its own
-            mu, rms = over_batch(moments, batch)(f, g, mu, rms)
+            mu, rms = over_batch(moments, batch)(f, g, mu, rms, size)
             return over_batch(direction, batch, axes)(f, mu, rms, size, count), (mu, rms, size)
         # One pair at a time: g~ and U are (m, n) too, and need not exist for all.
 
         def body(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
             def at(tree: Any) -> Any:
-                return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, 0, False), tree)
+                return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, i, 1), tree)
 
             def put(xs: tuple[Array, ...], new: tuple[Array, ...]) -> tuple[Array, ...]:
                 pairs = zip(xs, new, strict=True)
-                return tuple(lax.dynamic_update_index_in_dim(x, y, i, 0) for x, y in pairs)
+                return tuple(lax.dynamic_update_slice_in_dim(x, y, i, 0) for x, y in pairs)
 
             held, step = carry[:2], carry[2:]
-            held = put(held, over_batch(moments, batch - 1)(*at((f, g, *held))))
+            held = put(held, over_batch(moments, batch)(*at((f, g, *held, size))))
             # read back: XLA then updates the moments in place
-            new = over_batch(direction, batch - 1, axes)(*at((f, *held, size)), count)
+            new = over_batch(direction, batch, axes)(*at((f, *held, size)), count)
             return *held, *put(step, new)
 
         # The first by itself: under shard_map its results have the types that the loop's carry has.
-        carry = body(jnp.zeros((), jnp.int32), (mu, rms, jnp.zeros_like(p.a), jnp.zeros_like(p.b)))
-        mu, rms, *step = lax.fori_loop(1, len(mu), body, carry)
+        first, last = jnp.uint32(0), jnp.uint32(len(mu))
+        carry = body(first, (mu, rms, jnp.zeros_like(p.a), jnp.zeros_like(p.b)))
+        mu, rms, *step = lax.fori_loop(first + 1, last, body, carry)
         return tuple(step), (mu, rms, size)
 
     return Rule(update, FullState, init, joins=False)
