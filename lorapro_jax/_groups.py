@@ -111,9 +111,8 @@ def split(tree: Any, sizes: Sequence[int]) -> list[Any]:
     """One tree for each of the sizes that `join` joined."""
     ends = itertools.accumulate(sizes)
     parts = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
-    return (
-        [tree] if len(parts) == 1 else [jax.tree.map(operator.itemgetter(p), tree) for p in parts]
-    )
+    each = [jax.tree.map(operator.itemgetter(part), tree) for part in parts]
+    return each if len(each) > 1 else [tree]
 
 
 def unstack(group: Group, tree: Any) -> list[Any]:

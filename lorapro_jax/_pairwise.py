@@ -1,5 +1,6 @@
 """A rule for pairs as an optax transformation: find the pairs, stack them, apply it, write back."""
 
+import collections
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from lorapro_jax._layouts import Layout, check_leaves, factor_indices, find_pair
 from lorapro_jax._tangent import Factors
 
 Step = tuple[Array, Array]  # (h_a, h_b) or (da, db)
+_JOINED = 150  # pairs, about: XLA compiles a longer stack in more than proportional time
 
 
 class Rule(NamedTuple):
@@ -118,10 +120,13 @@ def _states(rules: Sequence[Rule], made: dict[str, list[tuple[Array, ...]]]) -> 
 def _alike(found: dict[str, Group], leaves: Sequence[Array], *, joins: bool) -> list[list[str]]:
     """The names of the groups, those of one shape together unless joining could move shards."""
     alike: dict[Any, list[str]] = {}
+    pairs: collections.Counter = collections.Counter()
     for name, group in found.items():
         kind = (group.stacked, group.shapes[0][1:], group.shapes[1][1:], group.dtype)
         one_device = jax.typeof(leaves[group.pairs[0].a]).sharding.mesh.size <= 1
-        alike.setdefault(kind if joins and one_device else name, []).append(name)
+        pairs[kind] += len(group.pairs)
+        key = (*kind, pairs[kind] // _JOINED) if joins and one_device else name
+        alike.setdefault(key, []).append(name)
     return list(alike.values())
 
 

@@ -8,9 +8,6 @@ moves first, and the larger one is fitted to where its partner then is (here a i
 
 the least-squares fit of a' b' to a b + da b + a db: half a sweep of alternating least squares.
 Along directions in which b' has next to nothing (λ, the frames' damping) it is a's own step.
-
-The bound on a step's size is for the first steps: Adam's direction has entries of size 1 then, and
-of .2 or so later. A step may be a fifth larger than the recent ones; `radius` is always allowed.
 """
 
 from collections.abc import Sequence
@@ -52,7 +49,7 @@ def retract(
     Added to the factors as they are, (da, db) would move the product by da db too. So one factor
     takes its step, and the other the step that fits the first one's new value. A step may be larger
     than the recent ones by a fifth; what is above is cut, unless it is small beside the factors.
-    So steps grow from b = 0 on: at a high rate, training does not recover from large first ones.
+    Adam's first directions are large, and at a high rate training does not recover from them.
 
     Args:
       scale, damping, layout, require_pairs: as in `lorapro`.
