@@ -177,3 +177,22 @@ def test_a_schedule_of_rates_is_followed(x64):
 def test_the_docs_say_that_a_chain_has_one_direction():
     """One projection a chain: what the second gets is no gradient. Its docstring says so."""
     assert "One LoRA-Pro direction a chain" in lp.lorapro.__doc__.replace("\n    ", " ")
+
+
+@pytest.mark.parametrize("mode", ["factored", "full"])
+def test_the_alias_is_the_chain_of_its_public_parts(mode):
+    """Without decay, from the same gradients."""
+    alias = lp.lorapro_adamw(0.1, 2.0, mode=mode)
+    parts = optax.chain(
+        lp.scale_by_lorapro_adam(2.0, mode=mode), optax.scale(-0.1), lp.retract(2.0)
+    )
+    key = jax.random.key(0)
+    params = {f"l{i}": {"lora_a": jax.random.normal(key, (6, 2)), "lora_b": jnp.zeros((2, 4))}
+              for i in range(2)} | {"bias": jnp.ones(3)}  # fmt: skip
+    ours, theirs = alias.init(params), parts.init(params)
+    for i in range(3):
+        grads = jax.tree.map(lambda x, i=i: jax.random.normal(jax.random.key(i), x.shape), params)
+        updates, ours = jax.jit(alias.update)(grads, ours, params)
+        expected, theirs = jax.jit(parts.update)(grads, theirs, params)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-9), updates, expected)
+        params = optax.apply_updates(params, updates)
