@@ -68,13 +68,10 @@ def retract(
       >>> tx = optax.chain(lp.lorapro(2.0), optax.sgd(0.1), lp.retract(2.0))
 
     References:
-      Absil and Oseledets, Low-rank retractions, 2015: retractions by alternating projections.
+      Absil and Oseledets, Low-rank retractions: a survey and new results, 2015.
     """
-    rule, common = (
-        retraction_rule(radius, damping),
-        {"layout": layout, "require_pairs": require_pairs},
-    )
-    return pairwise(rule, scale=scale, gradients=False, **common)
+    common: Any = {"layout": layout, "require_pairs": require_pairs, "gradients": False}
+    return pairwise(retraction_rule(radius, damping), scale=scale, **common)
 
 
 def retraction_rule(radius: Any, damping: Any) -> Rule:
