@@ -17,29 +17,15 @@ import optax
 from jax import lax
 from jaxtyping import Array
 
+from lorapro_jax import _tangent
 from lorapro_jax._checks import check_between, check_one_of, check_positive
 from lorapro_jax._groups import Group, Scale, factor_zeros, over_batch
 from lorapro_jax._layouts import Layout, kernel_spec
 from lorapro_jax._moments import correction, largest, mean, mean_root, positive
-from lorapro_jax._pairwise import Rule, in_pairs, pairwise
+from lorapro_jax._pairwise import Rule, Step, in_pairs, pairwise
 from lorapro_jax._retraction import retraction_rule
 from lorapro_jax._sharding import explicit, spec_of
-from lorapro_jax._tangent import (
-    Factors,
-    Frames,
-    Tangent,
-    dense,
-    frames,
-    mean_squares,
-    nearest,
-    rescaled,
-    root_mean_square,
-    tangent,
-    times,
-    to_factors,
-)
-
-Step = tuple[Array, Array]  # (da, db), or (h_a, h_b)
+from lorapro_jax._tangent import Factors, Frames, Tangent, frames, tangent, times, to_factors
 
 
 class Numbers(NamedTuple):
@@ -86,12 +72,12 @@ def factored_rule(numbers: Numbers) -> Rule:
         mu = mean(h[0], mu_a, b1), mean(h[1], mu_b, b1)
         size = largest(*h, *mu)
         g = tangent(f, h[0] / size, h[1] / size)
-        now_row, now_col = (size * jnp.sqrt(x) for x in mean_squares(f, g))
+        now_row, now_col = (size * jnp.sqrt(x) for x in _tangent.mean_squares(f, g))
         row, col = mean_root(now_row, row, b2), mean_root(now_col, col, b2)
         top = positive(jnp.max(row))
         all_g = top * jnp.sqrt(jnp.mean((row / top) ** 2))  # root mean square of all entries
         left, right = (lax.rsqrt((x / positive(all_g)) ** 2 + floor) for x in (row, col))
-        U = rescaled(f, tangent(f, mu[0] / size, mu[1] / size), left, right)
+        U = _tangent.rescaled(f, tangent(f, mu[0] / size, mu[1] / size), left, right)
         all_g = all_g / jnp.sqrt(correction(b2, count, dtype))
         U = times(U, size / correction(b1, count, dtype) / positive(all_g + eps))
         stored = mu[0].astype(mu_a.dtype), mu[1].astype(mu_b.dtype), row, col
@@ -123,19 +109,19 @@ def full_rule(numbers: Numbers) -> Rule:
         f = frames(p, damping)
         now = largest(*h)
         g = tangent(f, h[0] / now, h[1] / now)
-        return f, times(g, now), mean_root(now * root_mean_square(g), size, b2)
+        return f, times(g, now), mean_root(now * _tangent.root_mean_square(g), size, b2)
 
     def moments(f: Frames, g: Tangent, mu: Array, rms: Array, size: Array) -> tuple[Array, Array]:
-        G, over = dense(f, g, mu), 1 / positive(size)
+        G, over = _tangent.dense(f, g, mu), 1 / positive(size)
         rms = jnp.sqrt(mean((G * over) ** 2, (rms * over) ** 2, b2)) * positive(size)
         return mean(G, mu, b1).astype(mu.dtype), rms
 
     def direction(f: Frames, mu: Array, rms: Array, size: Array, count: Array) -> Step:
-        size, dtype = positive(size), rms.dtype
+        over, dtype = 1 / positive(size), rms.dtype
         root = jnp.sqrt(correction(b2, count, dtype))
-        m = mu.astype(dtype) * (root / correction(b1, count, dtype) / size)
-        U = m / positive(jnp.sqrt((rms / size) ** 2 + floor**2) + eps * root / size)
-        return to_factors(f, clipped(nearest(f, U), clip))
+        m = mu.astype(dtype) * (root / correction(b1, count, dtype) * over)
+        U = m / positive(jnp.sqrt((rms * over) ** 2 + floor**2) + eps * root * over)
+        return to_factors(f, clipped(_tangent.nearest(f, U), clip))
 
     def update(p: Factors, h: Step, state: tuple[Array, ...], count: Array):
         (mu, rms, size), batch, axes = state, p.s.ndim, (0, 0, 0, 0, None)
@@ -172,7 +158,7 @@ def clipped(T: Tangent, threshold: Any) -> Tangent:
     """T with a root mean square of `threshold` at most."""
     if threshold is None:
         return T
-    return times(T, jnp.minimum(1, threshold / positive(root_mean_square(T))))
+    return times(T, jnp.minimum(1, threshold / positive(_tangent.root_mean_square(T))))
 
 
 def scale_by_lorapro_adam(
@@ -245,12 +231,16 @@ def direction_rule(mode: str, numbers: Numbers) -> Rule:
     return factored_rule(numbers) if mode == "factored" else full_rule(numbers)
 
 
+def at(value: Any, count: Any) -> Any:
+    """A number, or that of a schedule."""
+    return value(count) if callable(value) else value
+
+
 def rate_rule(learning_rate: optax.ScalarOrSchedule) -> Rule:
     """`optax.scale_by_learning_rate` for stacked pairs."""
 
     def update(p: Factors, step: Step, state: tuple, count: Array):
-        rate = learning_rate(count - 1) if callable(learning_rate) else learning_rate
-        rate = jnp.asarray(rate, p.a.dtype)
+        rate = jnp.asarray(at(learning_rate, count - 1), p.a.dtype)
         return (-rate * step[0], -rate * step[1]), state
 
     return Rule(update)
@@ -319,12 +309,9 @@ def lorapro_adamw(
     others = optax.adam(learning_rate, b1, b2, eps, mu_dtype=mu_dtype)
 
     def decay(share: float) -> optax.GradientTransformation:
-        if not (callable(learning_rate) or callable(weight_decay)):
-            return optax.add_decayed_weights(-share * learning_rate * weight_decay, mask)
-        rate, wd = (
-            x if callable(x) else optax.constant_schedule(x) for x in (learning_rate, weight_decay)
+        return optax.add_decayed_weights(
+            lambda count: -share * at(learning_rate, count) * at(weight_decay, count), mask
         )
-        return optax.add_decayed_weights(lambda count: -share * rate(count) * wd(count), mask)
 
     return optax.chain(
         in_pairs(pairs, others, **common), in_pairs(decay(0.5), decay(1.0), **common)

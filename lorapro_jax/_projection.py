@@ -9,7 +9,8 @@ from lorapro_jax._checks import check_between
 from lorapro_jax._groups import Scale, over_batch
 from lorapro_jax._layouts import Layout
 from lorapro_jax._pairwise import Rule, pairwise
-from lorapro_jax._tangent import Factors, frames, least_norm, tangent, to_factors
+from lorapro_jax._sharding import dot, gram_left, gram_right
+from lorapro_jax._tangent import Factors, frames, least_norm, tangent
 
 
 def stateless(one: Any) -> Rule:
@@ -69,7 +70,10 @@ def lorapro(
 
     def one(p: Factors, h_a: Array, h_b: Array) -> tuple[Array, Array]:
         f = frames(p, damping)
-        return least_norm(p, *to_factors(f, tangent(f, h_a, h_b)), damping)
+        T = tangent(f, h_a, h_b)
+        M = dot(dot(f.S_a / f.s, T.C), f.S_b)  # a M b = A C B / s; here db takes all of it
+        da, db = dot(T.H_a, f.S_b / f.s), dot(f.S_a / f.s, T.H_b)
+        return least_norm(p, da - dot(p.a, M), db, dot(M, gram_right(p.b, p.b)), damping)
 
     return pairwise(stateless(one), scale=scale, layout=layout, require_pairs=require_pairs)
 
@@ -107,7 +111,7 @@ def minimum_norm(
     check_between("damping", damping, 0.0, float("inf"))
 
     def one(p: Factors, da: Array, db: Array) -> tuple[Array, Array]:
-        return least_norm(p, da, db, damping)
+        return least_norm(p, da, db, gram_right(db, p.b) - gram_left(p.a, da), damping)
 
     rule, common = stateless(one), {"layout": layout, "require_pairs": require_pairs}
     return pairwise(rule, scale=1.0, gradients=False, **common)

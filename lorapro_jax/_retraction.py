@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from lorapro_jax._checks import check_between
 from lorapro_jax._groups import Group, Scale, factor_zeros, over_batch
 from lorapro_jax._layouts import Layout
 from lorapro_jax._moments import mean_root, positive
-from lorapro_jax._pairwise import Rule, pairwise
+from lorapro_jax._pairwise import Rule, Step, pairwise
 from lorapro_jax._sharding import dot, gram_left, gram_right
 from lorapro_jax._small import inverse_cholesky
 from lorapro_jax._tangent import Factors, ridge
@@ -85,7 +85,7 @@ def retraction_rule(radius: Any, damping: Any) -> Rule:
         each = jnp.sum(a, axis=range(len(group.batch), a.ndim))
         return each, each.astype(jnp.int32)
 
-    def one(p: Factors, step: tuple[Array, Array], state: tuple[Array, ...]):
+    def one(p: Factors, step: Step, state: tuple[Array, ...]):
         recent, bounded = state
         P, Q = gram_left(p.a, p.a), gram_right(p.b, p.b)
         da, db = gram_left(step[0], step[0]), gram_right(step[1], step[1])
@@ -99,7 +99,8 @@ def retraction_rule(radius: Any, damping: Any) -> Rule:
             factor = bound / positive(jnp.maximum(size, bound))
         recent = mean_root(factor * size, recent, _DECAY)
         bounded = bounded + (factor < 1).astype(bounded.dtype)
-        return fitted(p, P, Q, factor * step[0], factor * step[1], damping), (recent, bounded)
+        step = factor * step[0], factor * step[1]
+        return fitted(p, P, Q, step, damping), (recent, bounded)
 
     def update(p: Factors, step: Any, state: Any, count: Array):
         del count
@@ -108,15 +109,9 @@ def retraction_rule(radius: Any, damping: Any) -> Rule:
     return Rule(update, RetractState, init)
 
 
-def fitted(
-    p: Factors,
-    P: Float[Array, "r r"],
-    Q: Float[Array, "r r"],
-    da: Float[Array, "*m r"],
-    db: Float[Array, "r *n"],
-    damping: Any,
-) -> tuple[Float[Array, "*m r"], Float[Array, "r *n"]]:
+def fitted(p: Factors, P: Array, Q: Array, step: Step, damping: Any) -> Step:
     """The (da, db) that moves the product by da b + a db, up to the fit."""
+    da, db = step
     b_first = jnp.trace(P) >= jnp.trace(Q)
     old = jnp.where(b_first, Q, P)  # of the factor that moves first
     mixed = jnp.where(b_first, gram_right(p.b, db), gram_left(p.a, da))

@@ -33,10 +33,10 @@ def _eliminate(P: Float[Array, "r r"], floor: Float[Array, ""]) -> Float[Array, 
     r = len(P)
     rest, rows = jnp.concatenate([P, jnp.eye(r, dtype=P.dtype)], axis=1), []
     for k in range(r):
-        row = rest[0] * lax.rsqrt(jnp.maximum(rest[0, 0], floor))
-        rows.append(row[r - k :])
-        rest = rest[1:, 1:] - row[1 : r - k, None] * row[None, 1:]
-    return jnp.stack(rows)
+        root = lax.rsqrt(jnp.maximum(rest[k, k], floor))
+        rows.append(root * rest[k])
+        rest = rest - (root * rest[:, k, None]) * rows[-1][None]  # rows before k are never read
+    return jnp.stack(rows)[:, r:]
 
 
 def sylvester(

@@ -3,8 +3,8 @@
     frames          A = a S_a (m, r) and B = S_b b (r, n), orthonormal but for the damping λ:
                     (P + λ)⁻¹ = S_a S_aᵀ, (Q + λ)⁻¹ = S_bᵀ S_b, with P = aᵀa, Q = b bᵀ
     of a matrix G   H_a = G Bᵀ, H_b = Aᵀ G, C = Aᵀ G Bᵀ; X = H_a - A C, Y = H_b - C B
-    tangent vector  T = X B + A C B + A Y, of orthogonal parts; so T = H_a B + A Y = X B + A H_b.
-                    It is P_a G + G P_b - P_a G P_b, the paper's g~, nearest to G
+    tangent vector  T = H_a B + A H_b - A C B = P_a G + G P_b - P_a G P_b, the paper's g~, nearest
+                    to G. So T = X B + A C B + A Y = H_a B + A Y = X B + A H_b, orthogonal sums
     factors         s (da b + a db) = T for (da, db) = (X S_b, S_a H_b) / s or (H_a S_b, S_a Y) / s;
                     the partner of the larger factor takes the shared part, A C B
 
@@ -41,12 +41,11 @@ class Frames(NamedTuple):
 
 
 class Tangent(NamedTuple):
-    """T = H_a B + A Y = X B + A H_b, relative to a pair's frames."""
+    """T = H_a B + A H_b - A C B, relative to a pair's frames."""
 
-    X: Float[Array, "*m r"]
     H_a: Float[Array, "*m r"]
-    Y: Float[Array, "r *n"]
     H_b: Float[Array, "r *n"]
+    C: Float[Array, "r r"]
 
 
 def ridge(P: Float[Array, "r r"], Q: Float[Array, "r r"], damping: Any) -> Float[Array, ""]:
@@ -77,22 +76,35 @@ def tangent(f: Frames, h_a: Float[Array, "*m r"], h_b: Float[Array, "r *n"]) -> 
 
 def of_projections(f: Frames, H_a: Float[Array, "*m r"], H_b: Float[Array, "r *n"]) -> Tangent:
     """The T nearest to G, known by G Bᵀ and Aᵀ G."""
-    C = gram_right(H_b, f.B)
-    return Tangent(H_a - dot(f.A, C), H_a, H_b - dot(C, f.B), H_b)
+    return Tangent(H_a, H_b, gram_right(H_b, f.B))
+
+
+def beyond_a(f: Frames, T: Tangent) -> Float[Array, "*m r"]:
+    """X, the part of H_a that is orthogonal to A."""
+    return T.H_a - dot(f.A, T.C)
+
+
+def beyond_b(f: Frames, T: Tangent) -> Float[Array, "r *n"]:
+    """Y, the part of H_b that is orthogonal to B."""
+    return T.H_b - dot(T.C, f.B)
 
 
 def to_factors(f: Frames, T: Tangent) -> tuple[Float[Array, "*m r"], Float[Array, "r *n"]]:
     """(da, db) with s (da b + a db) = T."""
-    da = jnp.where(f.b_moves_first, T.X, T.H_a)
-    db = jnp.where(f.b_moves_first, T.H_b, T.Y)
+    C_a = jnp.where(f.b_moves_first, T.C, 0)
+    da = beyond_a(f, T._replace(C=C_a))
+    db = beyond_b(f, T._replace(C=T.C - C_a))
     return dot(da, f.S_b / f.s), dot(f.S_a / f.s, db)
 
 
 def root_mean_square(T: Tangent) -> Float[Array, ""]:
-    """Of the entries of the T nearest to a G: sqrt(<G, T> / (m n)), an upper bound if damped."""
-    r = len(T.Y)
-    squares = jnp.sum(T.H_a * T.H_a) + jnp.maximum(jnp.sum(T.H_b * T.Y), 0)
-    return jnp.sqrt(squares / ((T.X.size // r) * (T.Y.size // r)))
+    """Of the entries of the T nearest to a G: sqrt(<G, T> / (m n)), an upper bound if damped.
+
+    <G, T> is at least the largest of the three terms, so that the difference is accurate.
+    """
+    H_a, H_b, C = (jnp.sum(part * part) for part in T)
+    m, n = (H.size // len(T.C) for H in (T.H_a, T.H_b))
+    return jnp.sqrt((H_a + H_b - C) / (m * n))
 
 
 def times(T: Tangent, factor: Array) -> Tangent:
@@ -105,9 +117,10 @@ def mean_squares(f: Frames, T: Tangent) -> tuple[Float[Array, "*m"], Float[Array
 
     Row i is (H_a)_i B + A_i Y, two orthogonal terms: a sum of squares, in which nothing cancels.
     """
-    m, n = T.X.size // len(T.Y), T.Y.size // len(T.Y)
-    along_a = jnp.sum(dot(f.A, gram_right(T.Y, T.Y)) * f.A, axis=-1)
-    along_b = jnp.sum(dot(gram_left(T.X, T.X), f.B) * f.B, axis=0)
+    m, n = (H.size // len(T.C) for H in (T.H_a, T.H_b))
+    X, Y = beyond_a(f, T), beyond_b(f, T)
+    along_a = jnp.sum(dot(f.A, gram_right(Y, Y)) * f.A, axis=-1)
+    along_b = jnp.sum(dot(gram_left(X, X), f.B) * f.B, axis=0)
     row = jnp.sum(T.H_a * T.H_a, axis=-1) + jnp.maximum(along_a, 0)
     col = jnp.sum(T.H_b * T.H_b, axis=0) + jnp.maximum(along_b, 0)
     return row / n, col / m
@@ -115,16 +128,16 @@ def mean_squares(f: Frames, T: Tangent) -> tuple[Float[Array, "*m"], Float[Array
 
 def rescaled(f: Frames, T: Tangent, left: Float[Array, "*m"], right: Float[Array, "*n"]) -> Tangent:
     """The tangent vector nearest to D_l T D_r, of the diagonals `left` and `right`."""
-    A, B, left, right = f.A, f.B * right[None], left[..., None], right[None]
-    H_a = left * (dot(T.H_a, gram_right(B, f.B)) + dot(A, gram_right(T.Y * right, f.B)))
-    A = A * left
-    H_b = dot(gram_left(A, T.H_a), B) + dot(gram_left(A, f.A), T.Y * right)
+    left, right = left[..., None], right[None]
+    A, B, Y = f.A * left, f.B * right, beyond_b(f, T) * right
+    H_a = left * (dot(T.H_a, gram_right(B, f.B)) + dot(f.A, gram_right(Y, f.B)))
+    H_b = dot(gram_left(A, T.H_a), B) + dot(gram_left(A, f.A), Y)
     return of_projections(f, H_a, H_b)
 
 
 def dense(f: Frames, T: Tangent, like: Array) -> Float[Array, "..."]:
     """T as an (*m, *n) array, sharded as `like` is."""
-    L, R = jnp.concatenate([T.H_a, f.A], axis=-1), jnp.concatenate([f.B, T.Y])
+    L, R = jnp.concatenate([T.H_a, f.A], axis=-1), jnp.concatenate([f.B, beyond_b(f, T)])
     return contract(L, R, [L.ndim - 1], [0], like=like)
 
 
@@ -137,15 +150,18 @@ def nearest(f: Frames, U: Float[Array, "..."]) -> Tangent:
 
 
 def least_norm(
-    p: Factors, da: Float[Array, "*m r"], db: Float[Array, "r *n"], damping: Any
+    p: Factors,
+    da: Float[Array, "*m r"],
+    db: Float[Array, "r *n"],
+    R: Float[Array, "r r"],
+    damping: Any,
 ) -> tuple[Float[Array, "*m r"], Float[Array, "r *n"]]:
-    """The (da, db) of least norm among those with the same da b + a db.
+    """The (da, db) of least norm among those with the same da b + a db; R is db bᵀ - aᵀ da.
 
-    They are (da + a Z, db - Z b), and Z solves P Z + Z Q = db bᵀ - aᵀ da.
+    They are (da + a Z, db - Z b) with aᵀ (da + a Z) = (db - Z b) bᵀ, so P Z + Z Q = R.
     """
-    a, b, _ = p
-    P, Q = gram_left(a, a), gram_right(b, b)
+    P, Q = gram_left(p.a, p.a), gram_right(p.b, p.b)
     floor = ridge(P, Q, damping) / 2
     damped = floor * jnp.eye(len(P), dtype=P.dtype)
-    Z = sylvester(P + damped, Q + damped, gram_right(db, b) - gram_left(a, da), floor)
-    return da + dot(a, Z), db - dot(Z, b)
+    Z = sylvester(P + damped, Q + damped, R, floor)
+    return da + dot(p.a, Z), db - dot(Z, p.b)
