@@ -48,22 +48,37 @@ def test_the_readme_is_short():
     assert len(PAGES["README.md"].splitlines()) <= 150
 
 
-def test_the_nnx_example_trains():
-    """Called as its reader would: the loss falls, only adapters move."""
+@pytest.mark.parametrize("body", blocks("python", "README.md"), ids=("nnx", "linen"))
+def test_the_readmes_examples_train_and_merge(body):
+    """The loss falls, the base stays, and the merged model answers as the adapted one did."""
     import jax
     import numpy as np
     from flax import nnx
 
+    before, loop, after = re.split(r"^(losses = |for )", body, flags=re.MULTILINE)
     scope = {"__name__": "readme"}
-    exec(compile(blocks("python", "README.md")[0], "README.md", "exec"), scope)
-    model, optimizer = scope["model"], scope["optimizer"]
-    kernel = np.asarray(model.layers[0].kernel[...])
-    x = jax.random.normal(jax.random.key(3), (32, 64), np.float32)
-    y = jax.random.randint(jax.random.key(4), (32,), 0, 10)
-    losses = [float(scope["train_step"](model, optimizer, x, y)) for _ in range(40)]
-    assert losses[-1] < 0.7 * losses[0]
-    np.testing.assert_array_equal(model.layers[0].kernel[...], kernel)
-    assert np.any(np.asarray(nnx.state(model, nnx.LoRAParam)["layers"][0]["lora_b"][...]))
+    exec(compile(before, "README.md", "exec"), scope)
+    lp, x = scope["lp"], scope["x"]
+    if "nnx" in scope:
+        model = scope["model"]
+        frozen = jax.tree.map(np.array, nnx.state(model, nnx.Not(nnx.LoRAParam)))
+        training = (loop + after).split("lp.nnx.merge_lora")[0]
+        exec(compile(training, "README.md", "exec"), scope)
+        jax.tree.map(
+            np.testing.assert_array_equal, frozen, nnx.state(model, nnx.Not(nnx.LoRAParam))
+        )
+        first, last, adapted = scope["losses"][0], scope["losses"][-1], model(x)
+        lp.nnx.merge_lora(model)
+        merged = model(x)
+    else:
+        first = scope["train_step"](scope["lora"], scope["state"], x, scope["y"])[2]
+        exec(compile(loop + after, "README.md", "exec"), scope)
+        module, last = scope["module"], scope["loss"]
+        variables = {"params": scope["params"]}
+        adapted = lp.linen.apply_with_lora(module, variables, scope["lora"], x, scale=2.0)
+        merged = module.apply({"params": scope["merged"]}, x)
+    assert last < 0.9 * first
+    np.testing.assert_allclose(adapted, merged, rtol=1e-4, atol=1e-4)
 
 
 def test_there_are_two_commands_and_both_set_up_what_they_need():
