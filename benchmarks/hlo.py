@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from typing import NamedTuple
 
-from experiments import hlo
+from experiments.pod import hlo
 
 # They run nothing: they name, group or rename what lies in memory, or wait for it.
 _FREE = frozenset({

@@ -18,7 +18,9 @@ import tyro
 from jax.sharding import SingleDeviceSharding
 
 from benchmarks import hlo, t5, timing
-from experiments import pod_slice, pod_step, pod_work
+from experiments.pod import slice as pod_slice
+from experiments.pod import step as pod_step
+from experiments.pod import workloads as pod_work
 
 SMALLEST = "v5e:2x2"
 LLAMA = "llama3-8b"

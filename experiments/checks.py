@@ -1,6 +1,8 @@
-"""What a flag's number may be: each check raises a ValueError that names the flag and its range."""
+"""What a flag's value may be: each check raises a ValueError that names the flag and its range."""
 
+import difflib
 import math
+from collections.abc import Iterable
 
 
 def positive(flag: str, value: float) -> None:
@@ -33,3 +35,13 @@ def divides(flag: str, value: int, of: str, whole: int) -> None:
     """A divisor of `whole`, which is `of`."""
     if whole % value:
         raise ValueError(f"{flag} {value} does not divide {of}, {whole}; choose one that does")
+
+
+def one_of(what: str, name: str, known: Iterable[str]) -> str:
+    """`name`, if it is one of `known`; else a ValueError with the near misses and the list."""
+    known = list(known)
+    if name in known:
+        return name
+    near = difflib.get_close_matches(name, known, n=2, cutoff=0.4)
+    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    raise ValueError(f"unknown {what} {name!r}; {hint}there are {', '.join(known)}")

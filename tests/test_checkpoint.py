@@ -15,9 +15,9 @@ import optax
 import pytest
 import safetensors.numpy
 
-from experiments import checkpoint
-from experiments.checkpoint import Checkpoints
-from experiments.config import RunConfig
+from experiments.finetune import checkpoint
+from experiments.finetune.checkpoint import Checkpoints
+from experiments.finetune.config import RunConfig
 
 RUN = RunConfig(method="lora", learning_rate=1e-4, seed=0, epochs=1)
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments import evaluate
+from experiments.finetune import evaluate
 
 
 def _case(seed: int, classes: int, n: int = 57):

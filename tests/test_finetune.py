@@ -22,10 +22,12 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from experiments import config, finetune, methods, models, prepare, programs, train
-from experiments.config import RATES, Command, RunConfig
+from experiments import models
 from experiments.data.batching import BUCKETS
-from experiments.methods import METHODS
+from experiments.finetune import command as finetune
+from experiments.finetune import config, methods, prepare, programs, train
+from experiments.finetune.config import RATES, Command, RunConfig
+from experiments.finetune.methods import METHODS
 from experiments.models import t5_files, t5_tiny
 from experiments.models import tiny as tiny_model
 

@@ -27,7 +27,8 @@ import pytest
 import safetensors.numpy
 from test_finetune import tiny
 
-from experiments import finetune, preemption
+from experiments.finetune import command as finetune
+from experiments.finetune import preemption
 
 pytestmark = pytest.mark.slow
 
@@ -205,7 +206,7 @@ def test_processes_with_different_options_all_stop(tmp_path, cache):
 SHARDED = """
 import json, sys
 import jax
-from experiments import config, devices, finetune, prepare
+from experiments.finetune import config, devices, command as finetune, prepare
 devices.SMALLEST = 1
 argv = json.loads(sys.argv[1])
 assert finetune.main(argv) == 0

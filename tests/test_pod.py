@@ -14,8 +14,13 @@ import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from experiments import hlo_cost, pod, pod_slice, pod_step, pod_t5, pod_work
 from experiments.models import llama, t5, t5_tiny
+from experiments.pod import command as pod
+from experiments.pod import costs as hlo_cost
+from experiments.pod import slice as pod_slice
+from experiments.pod import step as pod_step
+from experiments.pod import t5 as pod_t5
+from experiments.pod import workloads as pod_work
 from lorapro_jax.nnx import add_lora
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -437,7 +442,7 @@ EIGHT_CHIPS = """
 import json
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, PartitionSpec as P
-from experiments import hlo_cost
+from experiments.pod import costs as hlo_cost
 
 mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("x", "y"))
 

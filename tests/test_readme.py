@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
-from experiments import config, finetune
-from experiments.methods import METHODS
+from experiments.finetune import command as finetune
+from experiments.finetune import config
+from experiments.finetune.methods import METHODS
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = {

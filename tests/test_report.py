@@ -8,8 +8,11 @@ import re
 import numpy as np
 import pytest
 
-from experiments import paper, plots, pod_tables, report, summary
-from experiments.config import CONFIGS, RunConfig, runs
+from experiments.finetune.config import CONFIGS, RunConfig, runs
+from experiments.pod import tables as pod_tables
+from experiments.report import page as report_page
+from experiments.report import paper, plots, summary
+from experiments.report import tables as report
 
 FACTS = pathlib.Path(__file__).parents[2] / "shared" / "PAPER.md"
 PROVENANCE = {
@@ -93,20 +96,26 @@ def test_the_notes_state_the_share_of_the_data_and_what_else_differs(records):
 
 
 def test_only_what_stands_between_the_markers_is_replaced():
-    text = f"# A\n{report.BEGIN}\nold\n{report.END}\nrest\n"
-    once = report.splice(text, "new")
+    text = f"# A\n{report_page.BEGIN}\nold\n{report_page.END}\nrest\n"
+    once = report_page.splice(text, "new")
     assert once.startswith("# A\n")
-    assert once.endswith(f"{report.END}\nrest\n")
+    assert once.endswith(f"{report_page.END}\nrest\n")
     assert "old" not in once
-    assert report.splice(once, "new") == once
+    assert report_page.splice(once, "new") == once
 
 
 @pytest.mark.parametrize(
-    "text", ["", report.BEGIN, f"{report.END}\n{report.BEGIN}", f"{report.BEGIN}{report.END}" * 2]
+    "text",
+    [
+        "",
+        report_page.BEGIN,
+        f"{report_page.END}\n{report_page.BEGIN}",
+        f"{report_page.BEGIN}{report_page.END}" * 2,
+    ],
 )
 def test_a_page_without_its_markers_is_an_error(text):
     with pytest.raises(ValueError, match="results:begin"):
-        report.splice(text, "new")
+        report_page.splice(text, "new")
 
 
 def _write(folder, records, name="a.jsonl"):
@@ -117,16 +126,16 @@ def _write(folder, records, name="a.jsonl"):
 def test_the_command_writes_table_and_plots_into_the_page(tmp_path, records, capsys):
     _write(tmp_path / "results", [*records, {"kind": "bench", "anything": 1}])
     page = tmp_path / "results.md"
-    page.write_text(f"# A\n\n{report.BEGIN}\n{report.END}\n\n## B\n")
+    page.write_text(f"# A\n\n{report_page.BEGIN}\n{report_page.END}\n\n## B\n")
     argv = ["--results", str(tmp_path / "results"), "--page", str(page)]
-    assert report.main(argv) == 0
+    assert report_page.main(argv) == 0
     text = page.read_text()
     assert "0.7233 ± 0.0153" in text
     images = re.findall(r"!\[.+\]\((.+)\)", text)
     assert len(images) == 2
     for image in images:
         assert (tmp_path / image).read_bytes().startswith(b"\x89PNG")
-    assert report.main(argv) == 0
+    assert report_page.main(argv) == 0
     assert page.read_text() == text
     assert "wrote" in capsys.readouterr().out
 
@@ -135,7 +144,7 @@ def test_a_missing_marker_is_found_before_anything_is_written(tmp_path, records,
     _write(tmp_path / "results", records)
     (tmp_path / "results.md").write_text("# A\n")
     argv = ["--results", str(tmp_path / "results"), "--page", str(tmp_path / "results.md")]
-    assert report.main(argv) == 2
+    assert report_page.main(argv) == 2
     assert "results:begin" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "results").iterdir()] == ["a.jsonl"]
 

@@ -14,8 +14,9 @@ import pytest
 from etils.epath import backend
 from test_training import NAME
 
-from experiments import data, finetune, storage
+from experiments import data, storage
 from experiments.data import glue
+from experiments.finetune import command as finetune
 from tests import fake_gcs
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -304,7 +305,8 @@ def test_gcsfs_and_orbax_do_the_same_over_http():
 
 STOPPED = """
 import pytest
-from experiments import finetune, preemption, storage
+from experiments.finetune import command as finetune, preemption
+from experiments import storage
 from test_finetune import tiny
 from test_training import FLAGS, told_at
 

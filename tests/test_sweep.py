@@ -8,7 +8,11 @@ import pytest
 from test_finetune import run_config, tiny, two_pairs
 from test_programs import compilations
 
-from experiments import finetune, plots, prepare, sweep, together
+from experiments.finetune import command as finetune
+from experiments.finetune import prepare
+from experiments.report import plots
+from experiments.sweep import command as sweep
+from experiments.sweep import together
 
 # LoRA's batches are of two lengths, often not the same for both seeds, and two of its runs diverge.
 # Factored mode's last batch is half full, and its runs are trained in two groups.

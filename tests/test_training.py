@@ -17,10 +17,10 @@ import pytest
 from tensorboardX.proto import event_pb2
 from test_finetune import run_config, tiny, two_pairs
 
-from experiments import (
+from experiments.finetune import command as finetune
+from experiments.finetune import (
     config,
     devices,
-    finetune,
     hosts,
     preemption,
     prepare,

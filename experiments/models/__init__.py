@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import tokenizers
 from flax import nnx
 
-from experiments.config import one_of
+from experiments.checks import one_of
 from experiments.data import Task
 from experiments.data.prompts import PROMPTS
 from experiments.models import minilm, t5, t5_files, t5_tiny, tiny

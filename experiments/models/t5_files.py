@@ -16,7 +16,7 @@ import tokenizers
 from flax import nnx
 from tokenizers import decoders, normalizers, pre_tokenizers, processors
 
-from experiments.checkpoint import write_atomic
+from experiments.finetune.checkpoint import write_atomic
 from experiments.models import weights
 from experiments.models.t5 import T5
 from experiments.models.t5_config import T5Config

@@ -1,0 +1,246 @@
+"""A run folder that a SIGKILL at any moment leaves whole: each file is there or not, never half.
+
+    config.json        the run's configuration, written first: the folder belongs to it alone
+    checkpoints/<step> Orbax: trainable parameters and optimizer state; JSON: position in the data,
+                       losses, evaluations and seconds so far. Of a run that diverged the last is
+                       of the step before
+    metrics.jsonl      a line per step, evaluation and diagnosis; tensorboard/ and profile/ if
+                       asked for
+    final.safetensors  the trained parameters; none of a run that diverged
+    result.json        the result, written last: a folder that has it is complete
+
+The frozen base is not saved: the model's package and the seed give it back. Nor is a random key:
+every step derives its own from (seed, step). `results.jsonl` beside the run folders is made anew
+from their result.json files, so a line can be neither cut nor doubled. All of it may lie in a
+bucket (`experiments.storage`).
+"""
+
+import contextlib
+import dataclasses
+import errno
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+import safetensors.numpy
+
+from experiments import storage
+from experiments.finetune import hosts
+from experiments.finetune.config import RunConfig
+
+CONFIG, FINAL, RESULT, CHECKPOINTS = (
+    "config.json",
+    "final.safetensors",
+    "result.json",
+    "checkpoints",
+)
+_TRIES = 20  # to remove a folder that is still written to, a tenth of a second apart
+
+
+@contextlib.contextmanager
+def explained(what: str, path: storage.Path) -> Iterator[None]:
+    """Turns a failed write into an OSError that says what, where and what to do.
+
+    Orbax reports most of them as ValueErrors with the operating system's words at the end.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if isinstance(error, ValueError) and code is None:
+            raise
+        number = int(code[1]) if code else (getattr(error, "errno", None) or errno.EIO)
+        why = getattr(error, "strerror", None) or os.strerror(number)
+        raise OSError(
+            number,
+            f"could not write {what} ({why}); what was there before is intact. "
+            "Make room, or choose another --out, and give the same command again: it goes on there",
+            str(path),
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    """Orbax logs a failed write with a traceback per thread; the error raised says it all."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def write_atomic(path: storage.Path, data: bytes, what: str) -> None:
+    """Replaces `path` by `data`: a reader, a crash or a full disk never sees a part of it."""
+    with explained(what, path):
+        storage.replace(path, data)
+
+
+def write_json(path: storage.Path, value: Any, what: str) -> None:
+    """Writes one line of JSON atomically; NaN and infinity are refused, JSON has none."""
+    write_atomic(path, (json.dumps(value, allow_nan=False) + "\n").encode(), what)
+
+
+@contextlib.contextmanager
+def locked(folder: storage.Path, *, wait: bool = False) -> Iterator[None]:
+    """Holds `folder` for this process; a ValueError if another one does, unless `wait`."""
+    with contextlib.ExitStack() as held:
+        with explained("the lock of the folder", folder):
+            held.enter_context(storage.locked(folder, wait=wait))
+        yield
+
+
+def claim(folder: storage.Path, run: RunConfig) -> None:
+    """Makes `folder` the run's; a ValueError if it belongs to another configuration."""
+    wanted = dataclasses.asdict(run)
+    path = folder / CONFIG
+    if not path.exists():
+        write_json(path, wanted, "the run's configuration")
+        return
+    found = json.loads(path.read_text())
+    differing = [
+        f"{name}: {found.get(name, 'absent')!r} there, {wanted.get(name, 'absent')!r} asked for"
+        for name in sorted(found.keys() | wanted.keys())
+        if found.get(name) != wanted.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"{folder} holds a run of another configuration ({'; '.join(differing)}). Give the "
+            "same options to go on with it, choose another --out, or delete the folder"
+        )
+
+
+class Checkpoints:
+    """The checkpoints of one run folder, of which the last `keep` are kept.
+
+    Orbax writes them while training goes on: `save` returns when it has its own copy.
+    """
+
+    def __init__(self, folder: storage.Path, keep: int = 2):
+        self.path = storage.absolute(folder) / CHECKPOINTS
+        self.keep = keep
+        self._pending: int | None = None  # the step whose checkpoint may still be on its way
+        self._failed = False  # to write: the manager would raise the same again at the next save
+        with explained("the folder of the checkpoints", self.path):
+            hosts.once(self._remove_unfinished)
+            self._manager = self._opened()
+
+    def _opened(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self.keep, enable_async_checkpointing=True
+        )
+        return ocp.CheckpointManager(self.path, options=options)
+
+    def _remove_unfinished(self) -> None:
+        # After a failed write, other threads of Orbax may still be writing into the folder.
+        for _ in range(_TRIES):
+            left = storage.found(self.path, "*.orbax-checkpoint-tmp*")
+            for folder in left:
+                storage.remove_tree(folder)
+            if not left:
+                return
+            time.sleep(0.1)
+
+    def _check_room(self, arrays: Any) -> None:
+        """Finds a full disk before Orbax does, whose threads would each print their own error."""
+        needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays))
+        if storage.free_bytes(self.path) < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+
+    def save(self, step: int, arrays: Any, progress: dict) -> None:
+        """Begins to save `arrays` (a pytree) and `progress` (JSON) after `step` steps.
+
+        Raises:
+            OSError: this checkpoint, or the one before, cannot be written.
+        """
+        self.wait()
+        items = ocp.args.Composite(
+            arrays=ocp.args.StandardSave(arrays), progress=ocp.args.JsonSave(progress)
+        )
+        with self._writing(step):
+            hosts.once(lambda: self._check_room(arrays))
+            if self._failed:
+                self._close_manager()
+                self._manager, self._failed = self._opened(), False
+            self._manager.save(step, args=items)
+        self._pending = step
+
+    def wait(self) -> None:
+        """Returns when the last checkpoint is written; an OSError if that failed."""
+        if self._pending is None:
+            return
+        step, self._pending = self._pending, None
+        with self._writing(step):
+            self._manager.wait_until_finished()
+        hosts.can_go_on_from(f"step {step} or later of {self.path.parent}")
+
+    @contextlib.contextmanager
+    def _writing(self, step: int) -> Iterator[None]:
+        try:
+            with explained(f"the checkpoint of step {step}", self.path), _quiet_orbax():
+                yield
+        except OSError:
+            self._failed = True
+            if hosts.is_first():
+                self._remove_unfinished()
+            raise
+
+    def restore(self, like: Any) -> tuple[Any, dict] | None:
+        """(arrays, progress) of the last checkpoint, shaped like `like`; None if there is none."""
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        items = ocp.args.Composite(
+            arrays=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore()
+        )
+        restored = self._manager.restore(step, args=items)
+        hosts.can_go_on_from(f"step {step} or later of {self.path.parent}")
+        return restored.arrays, restored.progress
+
+    def close(self) -> None:
+        """Waits for the last checkpoint, and lets go of the folder."""
+        try:
+            self.wait()
+        finally:
+            self._close_manager()
+
+    def _close_manager(self) -> None:
+        told = contextlib.suppress(Exception) if self._failed else contextlib.nullcontext()
+        with told:
+            self._manager.close()
+
+
+def read_result(folder: storage.Path) -> dict | None:
+    """The result of a complete run; None if it is not complete."""
+    path = folder / RESULT
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def finish(folder: storage.Path, parameters: dict[str, Any] | None, result: dict) -> None:
+    """Writes the parameters, then the result, then removes the checkpoints, no longer needed.
+
+    A run that diverged has no parameters, and keeps its checkpoints.
+    """
+    if parameters is not None:
+        data = safetensors.numpy.save(parameters)
+        write_atomic(folder / FINAL, data, "the trained parameters")
+    write_json(folder / RESULT, result, "the run's result")
+    if parameters is not None:
+        storage.remove_tree(folder / CHECKPOINTS)
+
+
+def collect(out: storage.Path) -> storage.Path:
+    """Makes <out>/results.jsonl anew: one line per complete run, in the order of their folders."""
+    path = out / "results.jsonl"
+    with locked(out, wait=True):  # another command may share --out
+        lines = [found.read_text() for found in storage.found(out, f"*/{RESULT}")]
+        write_atomic(path, "".join(lines).encode(), "the results")
+    return path

@@ -1,0 +1,332 @@
+"""What a fine-tuning command asks for, and the runs it stands for: frozen dataclasses, checked.
+
+A command is a grid: methods x learning rates x seeds. Each point is one `RunConfig`, which holds
+everything that decides the final parameters, and nothing else: it is the identity of a run folder.
+The defaults are the set-up of the paper's GLUE table, except the epochs of the embedded task and
+the learning rates: the paper's is 1e-4 for all.
+"""
+
+import argparse
+import dataclasses
+import math
+import os
+import pathlib
+from typing import Annotated, Literal, TypeVar
+
+import tyro
+
+from experiments import checks, storage
+
+# The paper trains one epoch of 3,668 to 392,702 examples. `pydoc` has a few thousand, and one
+# command with four methods is to end within six minutes on two CPU cores.
+EPOCHS = {"pydoc": 2}
+PAPER_EPOCHS = 1
+
+# Each method's own peak rate: one shared rate would suit some and leave the others untrained. Full
+# and factored mode's is near full fine-tuning's; the factors of the other two want ten to twenty
+# times as much.
+RATES = {
+    "full": 1e-4,
+    "lora": 2e-3,
+    "lorapro-full": 2e-4,
+    "lorapro-factored": 2e-4,
+    "lorapro-adamw": 2e-3,
+}
+
+
+def _list_of(kind: type, metavar: str) -> tyro.constructors.PrimitiveConstructorSpec:
+    """Reads `a,b,c` as a tuple."""
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=lambda args: tuple(kind(x.strip()) for x in args[0].split(",")),
+        is_instance=lambda value: value is None or isinstance(value, tuple),
+        str_from_instance=lambda value: [",".join(map(str, value)) if value else str(value)],
+    )
+
+
+# pathlib would read gs://bucket as gs:/bucket.
+_PATH = tyro.constructors.PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="PATH",
+    instance_from_str=lambda args: storage.at(args[0]),
+    is_instance=lambda value: isinstance(value, pathlib.PurePath),
+    str_from_instance=lambda value: [str(value)],
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """What all runs of a command share."""
+
+    model: str = "minilm"
+    """minilm (a pretrained encoder), t5 (text to text), or tiny and t5-tiny (random, for tests)."""
+    weights: str | None = None
+    """For t5: a folder with a T5 as Hugging Face keeps it, or a name there; None: t5-base."""
+    task: str = "pydoc"
+    """pydoc (embedded, no download), or a GLUE task: cola, mrpc, sst2, rte, qnli, mnli."""
+    epochs: int | None = None
+    """Passes over the training data; None: 2 for pydoc, 1 (the paper's) for the others."""
+    batch_size: int = 32
+    """Examples per step."""
+    accumulate: int = 1
+    """Parts that a step's examples are worked through in, for memory; the step is the same."""
+    remat: bool = False
+    """The backward pass computes every layer anew, for memory (XLA undoes it on a CPU)."""
+    max_length: int = 128
+    """Tokens per example; longer ones are cut."""
+    train_examples: int = 0
+    """Train on a subset of this size, drawn by the seed; 0: all."""
+    eval_examples: int = 0
+    """Evaluate on a subset of this size, the same for every seed; 0: all."""
+    rank: int = 8
+    """Rank r of the adapters."""
+    alpha: float = 16.0
+    """The adapters' scale is alpha / r."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(r) instead."""
+    dropout: float = 0.0
+    """On the adapters' input, and on the encoder's pooled features or everywhere in a T5."""
+    head_learning_rate: float | None = None
+    """Peak rate of the fresh classification head in the LoRA methods; None: the adapters' rate."""
+    warmup_ratio: float = 0.03
+    """Share of the steps over which the rate rises; then it falls to 0 along a cosine."""
+    clip_norm: float = 1.0
+    """Bound on the global norm of the raw gradients; 0: none."""
+    weight_decay: float = 0.0
+    """Decoupled decay; for lorapro-full and lorapro-factored, of the adapters' product."""
+    b1: float = 0.9
+    """Adam's decay of the first moment."""
+    b2: float = 0.999
+    """Adam's decay of the second moment."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the activations; parameters and optimizer state are float32."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig(Training):
+    """One run: one method, learning rate and seed, with the epochs settled."""
+
+    method: str
+    learning_rate: float
+    seed: int
+    epochs: int
+
+    @property
+    def folder_name(self) -> str:
+        """<task>-<model>-<method>-lr<rate>-seed<seed>."""
+        rate = f"{self.learning_rate:g}"
+        return f"{self.task}-{self.model}-{self.method}-lr{rate}-seed{self.seed}"
+
+    @property
+    def shared(self) -> "RunConfig":
+        """The configuration without rates and seed: of all runs that can share their programs."""
+        return dataclasses.replace(self, learning_rate=1.0, head_learning_rate=None, seed=0)
+
+    @property
+    def scale(self) -> float:
+        """The s of K0 + s a b."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Grid(Training):
+    """Runs of several methods, learning rates and seeds, and where they read and write."""
+
+    smoke: bool = False
+    """A few seconds of the same on a random tiny model, and on pydoc unless there is --data-dir."""
+    methods: Annotated[tuple[str, ...], _list_of(str, "NAME,NAME,...")] = (
+        "full",
+        "lora",
+        "lorapro-full",
+        "lorapro-factored",
+        "lorapro-adamw",
+    )
+    """Any of full, lora, lorapro-full, lorapro-factored, lorapro-adamw."""
+    learning_rates: Annotated[tuple[float, ...] | None, _list_of(float, "RATE,RATE,...")] = None
+    """Peak learning rates; every method is run with each. None: each method's own."""
+    seeds: Annotated[tuple[int, ...], _list_of(int, "N,N,...")] = (0,)
+    """Each decides a run's head, adapters, order of the data and dropout."""
+    data_dir: str | None = None
+    """Where the prepared GLUE tasks are, a folder or gs://...; pydoc needs none."""
+    out: Annotated[storage.Path, _PATH] = pathlib.Path("runs/finetune")
+    """Folder of the run folders, results.jsonl and the plots; or gs://..., which needs gcsfs."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command(Grid):
+    """Fine-tune a pretrained model by several methods and compare them.
+
+    Example: python -m experiments.finetune --methods full,lora,lorapro-factored
+    """
+
+    config: Literal["minilm", "t5_glue"] = "minilm"
+    """Which defaults the other flags have: those of the main job, or of the paper's GLUE table."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints, written while training goes on; 0: none before the end."""
+    keep: int = 2
+    """Checkpoints of a run that are kept until it is complete: the last ones."""
+    evaluate_every: int = 0
+    """Steps between evaluations, beside those at the end of every epoch; 0: no others."""
+    evaluate_first: bool = False
+    """Evaluate before the first step too: what is wrong there should not cost an epoch."""
+    diagnose_every: int = 0
+    """Steps between measurements of how close the steps are to full fine-tuning's; 0: never."""
+    tensorboard: bool = False
+    """Write what metrics.jsonl holds for TensorBoard too."""
+    profile_steps: Annotated[tuple[int, ...] | None, _list_of(int, "FIRST,LAST")] = None
+    """Steps to trace with JAX's profiler, into the run's folder."""
+    devices: int | None = None
+    """Devices of this process that share every batch; None: one, or all if it is distributed."""
+    fsdp: int = 1
+    """Devices that share every parameter too, each holding a part: a divisor of all devices."""
+    distributed: bool = False
+    """This is one of several processes, which share --out; the cluster (Slurm, MPI, TPU) tells it
+    the following three, or they are given, or stand in JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES
+    and JAX_PROCESS_ID; the first of which asks for this as the flag does."""
+    coordinator: str | None = None
+    """host:port at which process 0 will listen."""
+    num_processes: int | None = None
+    """How many there are."""
+    process_id: int | None = None
+    """Which this is, from 0."""
+    timeout: int = 100
+    """Seconds without a sign of life after which a process counts as dead, and all end."""
+
+
+AnyGrid = TypeVar("AnyGrid", bound=Grid)
+
+# The paper's table is T5-base on cola, mrpc, sst2, qnli and mnli (--task), all methods at one rate.
+CONFIGS = {
+    "minilm": Command(),
+    "t5_glue": Command(
+        config="t5_glue", model="t5", task="cola", learning_rates=(1e-4,), seeds=(0, 1, 2)
+    ),
+}
+
+
+def read(argv: list[str] | None, prog: str) -> Command:
+    """The command that the arguments ask for; a usage error ends the process."""
+    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chooser.add_argument("--config", choices=CONFIGS, default="minilm")
+    chosen, _ = chooser.parse_known_args(argv)
+    command = tyro.cli(
+        Command,
+        args=argv,
+        prog=prog,
+        default=CONFIGS[chosen.config],
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    return _with_environment(command)
+
+
+def _with_environment(command: Command) -> Command:
+    """The command with what it leaves to JAX's variables; nothing if they name no coordinator."""
+    if "JAX_COORDINATOR_ADDRESS" not in os.environ:
+        return command
+    told = {"coordinator": os.environ["JAX_COORDINATOR_ADDRESS"]}
+    for name in ("num_processes", "process_id"):
+        if (number := os.environ.get(f"JAX_{name.upper()}")) is not None:
+            told[name] = int(number)
+    left = {name: value for name, value in told.items() if getattr(command, name) is None}
+    return dataclasses.replace(command, distributed=True, **left)
+
+
+def shrunk(command: AnyGrid) -> AnyGrid:
+    """The command with --smoke carried out: the same methods on next to nothing."""
+    if not command.smoke:
+        return command
+    return dataclasses.replace(
+        command,
+        model="t5-tiny" if command.model.startswith("t5") else "tiny",
+        weights=None,
+        task=command.task if command.data_dir else "pydoc",
+        seeds=command.seeds[:1],
+        epochs=1,
+        batch_size=8,
+        max_length=32,
+        train_examples=64,
+        eval_examples=32,
+    )
+
+
+def runs(command: Grid) -> list[RunConfig]:
+    """The runs that a command stands for, in order; raises ValueError for what cannot be run."""
+    shared = {f.name: getattr(command, f.name) for f in dataclasses.fields(Training)}
+    if command.epochs is None:
+        shared["epochs"] = EPOCHS.get(command.task, PAPER_EPOCHS)
+    checks.different("--methods", command.methods)
+    checks.different("--learning-rates", command.learning_rates or ())
+    checks.different("--seeds", command.seeds)
+    if isinstance(command, Command):
+        _check_command(command)
+    grid = [
+        RunConfig(**shared, method=method, learning_rate=rate, seed=seed)
+        for method in command.methods
+        for rate in command.learning_rates or (RATES[method],)
+        for seed in command.seeds
+    ]
+    for run in grid:
+        check(run)
+    return grid
+
+
+def _check_command(command: Command) -> None:
+    for flag, value, least in (
+        ("--checkpoint-every", command.checkpoint_every, 0),
+        ("--keep", command.keep, 1),
+        ("--diagnose-every", command.diagnose_every, 0),
+        ("--evaluate-every", command.evaluate_every, 0),
+        ("--fsdp", command.fsdp, 1),
+        ("--timeout", command.timeout, 1),
+        ("--devices", 1 if command.devices is None else command.devices, 1),
+    ):
+        checks.at_least(flag, value, least)
+    first, *last = command.profile_steps or (1, 1)
+    if len(last) != 1 or not 1 <= first <= last[0]:
+        raise ValueError(
+            f"--profile-steps {','.join(map(str, command.profile_steps or ()))} is not FIRST,LAST "
+            "with 1 <= FIRST <= LAST, such as 10,20"
+        )
+    if storage.is_bucket(command.out) and (command.tensorboard or command.profile_steps):
+        raise ValueError(
+            f"--tensorboard and --profile-steps write to a disk, not to {command.out}; leave them "
+            "out (metrics.jsonl has the same figures), or name a folder"
+        )
+    given = (command.coordinator, command.num_processes, command.process_id)
+    if not command.distributed and given != (None, None, None):
+        raise ValueError(
+            "--coordinator, --num-processes and --process-id need --distributed; add it"
+        )
+
+
+def check(run: RunConfig) -> None:
+    """Raises ValueError for the first number of a run that is out of its range."""
+    checks.positive("--learning-rates", run.learning_rate)
+    if run.head_learning_rate is not None:
+        checks.positive("--head-learning-rate", run.head_learning_rate)
+    checks.positive("--alpha", run.alpha)
+    checks.positive("--eps", run.eps)
+    for flag, value, least in (
+        ("--epochs", run.epochs, 1),
+        ("--batch-size", run.batch_size, 1),
+        ("--accumulate", run.accumulate, 1),
+        ("--rank", run.rank, 1),
+        ("--max-length", run.max_length, 3),  # [CLS], a token, [SEP]
+        ("--seeds", run.seed, 0),
+        ("--train-examples", run.train_examples, 0),
+        ("--eval-examples", run.eval_examples, 0),
+        ("--clip-norm", run.clip_norm, 0),
+        ("--weight-decay", run.weight_decay, 0),
+    ):
+        checks.at_least(flag, value, least)
+    checks.divides("--accumulate", run.accumulate, "--batch-size", run.batch_size)
+    for flag, value in (
+        ("--dropout", run.dropout),
+        ("--warmup-ratio", run.warmup_ratio),
+        ("--b1", run.b1),
+        ("--b2", run.b2),
+    ):
+        checks.below_one(flag, value)

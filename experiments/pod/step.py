@@ -1,0 +1,168 @@
+"""A training step over abstract, sharded arrays: what `experiments.pod` compiles for a TPU slice.
+
+Nothing here holds an array: parameters, optimizer state and batch are `jax.ShapeDtypeStruct`s with
+a `NamedSharding`, so that 8 billion parameters cost nothing. The mesh has two axes: `fsdp` shards
+the rows of the batch and one axis of every kernel, `tensor` the other one. A factor lies like its
+kernel: a (m, r) is sharded as the kernel's m, b (r, n) as its n, each over `fsdp` too, and the rank
+never. An axis whose size the mesh does not divide is replicated.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import lorapro_jax as lp
+from experiments.pod.workloads import HEAD, Tree, Workload
+
+# LoRA-Pro in its modes, its projection before optax's AdamW, AdamW on the factors, and the least
+# update that uses every gradient.
+MODES = ("factored", "full", "lorapro-adamw", "lora", "sgd")
+# Kernels whose inputs are split over `tensor`: they follow one whose outputs are.
+_ROW_PARALLEL = re.compile(r"(.*/)?(o|out|down|wo)/(kernel|lora_[ab])")
+
+
+class Step(NamedTuple):
+    """A jitted step and the abstract arguments to compile it with."""
+
+    jitted: Any
+    args: tuple[Tree, ...]  # trainable, optimizer state, then frozen and batch, or the gradients
+
+
+def optimizer(mode: str, work: Workload, rate: float = 1e-4) -> optax.GradientTransformation:
+    """Clipping by global norm, then the rule of `mode`; AdamW for a head."""
+    if mode == "sgd":
+        return optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(rate))
+    if mode == "lora":
+        tx = optax.adamw(rate)
+    elif mode == "lorapro-adamw":
+        tx = optax.chain(lp.lorapro(work.scale, layout=work.layout), optax.adamw(rate))
+    else:
+        tx = lp.lorapro_adamw(rate, work.scale, mode=mode, layout=work.layout)
+    if work.head:
+        tx = lp.freeze_base(tx, extra={HEAD: optax.adamw(rate)}, layout=work.layout)
+    return optax.chain(optax.clip_by_global_norm(1.0), tx)
+
+
+def path_of(path: tuple) -> str:
+    """A leaf's keys joined by "/"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """How a parameter lies on the mesh."""
+    if len(shape) < 2 or path.endswith("scale"):
+        return PartitionSpec()
+    rows, columns = ("tensor", "fsdp") if _ROW_PARALLEL.fullmatch(path) else ("fsdp", "tensor")
+    if path.endswith("lora_a"):
+        wanted = _spread(rows), ()
+    elif path.endswith("lora_b"):
+        wanted = (), _spread(columns)
+    elif path.endswith("embedding"):  # (V, D)
+        wanted = ("tensor",), ("fsdp",)
+    else:
+        wanted = (rows,), (columns,)
+    axes = (*((),) * (len(shape) - 2), *wanted)
+    return PartitionSpec(
+        *(
+            axis if axis and size % math.prod(mesh.shape[name] for name in axis) == 0 else None
+            for axis, size in zip(axes, shape, strict=True)
+        )
+    )
+
+
+def _spread(axis: str) -> tuple[str, ...]:
+    """A factor's one long axis: as its kernel's, and over fsdp, which would else repeat it."""
+    return (axis,) if axis == "fsdp" else (axis, "fsdp")
+
+
+def placed(tree: Tree, mesh: Mesh, spec: Callable[[str, tuple[int, ...]], PartitionSpec]) -> Tree:
+    """The abstract tree with `spec(path, shape)` as the sharding of every leaf."""
+
+    def one(path, leaf):
+        where = NamedSharding(mesh, spec(path_of(path), leaf.shape))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def _like(tree: Tree, shardings: Tree) -> Tree:
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        tree,
+        shardings,
+    )
+
+
+def make(
+    work: Workload, mode: str, mesh: Any, tx: optax.GradientTransformation | None = None
+) -> Step:
+    """The whole step of `mode`: loss, gradients of what trains, update, new parameters.
+
+    `tx` replaces `optimizer(mode, work)`, for another learning rate.
+    """
+    tx = optimizer(mode, work) if tx is None else tx
+
+    def parameter(path, shape):
+        return spec_of(path, shape, mesh) if work.sharded else PartitionSpec()
+
+    trainable = placed(work.trainable, mesh, parameter)
+    shapes = {
+        path_of(path): leaf.shape
+        for path, leaf in jax.tree_util.tree_flatten_with_path(trainable)[0]
+    }
+
+    def kernel(pair):
+        rows, columns = shapes[f"{pair}/lora_a"][:-1], shapes[f"{pair}/lora_b"][-1]
+        return parameter(f"{pair}/kernel", (*rows, columns))
+
+    args = (
+        trainable,
+        _like(
+            jax.eval_shape(tx.init, work.trainable),
+            lp.state_shardings(tx, trainable, kernels=kernel, layout=work.layout),
+        ),
+        placed(work.frozen, mesh, parameter),
+        placed(work.batch, mesh, lambda _, shape: PartitionSpec("fsdp")),
+    )
+
+    def loss(trainable, frozen, batch):
+        return work.loss(nnx.merge(work.graph, trainable, frozen), batch)
+
+    def step(trainable, state, frozen, batch):
+        value, gradients = jax.value_and_grad(loss)(trainable, frozen, batch)
+        updates, state = tx.update(gradients, state, trainable)
+        return optax.apply_updates(trainable, updates), state, value
+
+    kept = [jax.tree.map(lambda leaf: leaf.sharding, tree) for tree in args[:2]]
+    replicated = NamedSharding(mesh, PartitionSpec())
+    jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=(*kept, replicated))
+    return Step(jitted, args)
+
+
+def make_update(work: Workload, mode: str, mesh: Any) -> Step:
+    """The update alone, given the gradients: clipping, the rule of `mode`, new parameters."""
+    whole, tx = make(work, mode, mesh), optimizer(mode, work)
+    trainable, state, _, _ = whole.args
+
+    def update(trainable, state, gradients):
+        updates, state = tx.update(gradients, state, trainable)
+        return optax.apply_updates(trainable, updates), state
+
+    kept = tuple(jax.tree.map(lambda leaf: leaf.sharding, tree) for tree in (trainable, state))
+    jitted = jax.jit(update, donate_argnums=(0, 1), out_shardings=kept)
+    return Step(jitted, (trainable, state, trainable))
+
+
+def bytes_per_chip(tree: Tree) -> int:
+    """Bytes of the leaves' shards."""
+    return sum(
+        jnp.dtype(leaf.dtype).itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
+        for leaf in jax.tree.leaves(tree)
+    )
