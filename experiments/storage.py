@@ -20,9 +20,11 @@ import atexit
 import contextlib
 import errno
 import fcntl
+import json
 import math
 import os
 import pathlib
+import re
 import secrets
 import shutil
 import socket
@@ -30,6 +32,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from etils import epath
 from etils.epath import backend
@@ -87,6 +90,17 @@ def replace(path: Path, data: bytes) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_atomic(path: Path, data: bytes, what: str) -> None:
+    """Replaces `path` by `data`: a reader, a crash or a full disk never sees a part of it."""
+    with explained(what, path):
+        replace(path, data)
+
+
+def write_json(path: Path, value: Any, what: str) -> None:
+    """Writes one line of JSON atomically; NaN and infinity are refused, JSON has none."""
+    write_atomic(path, (json.dumps(value, allow_nan=False) + "\n").encode(), what)
 
 
 @contextlib.contextmanager
@@ -285,3 +299,25 @@ def _as_os_error(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         raise OSError(errno.EIO, f"{type(error).__name__}: {error}", str(path)) from error
+
+
+@contextlib.contextmanager
+def explained(what: str, path: Path) -> Iterator[None]:
+    """Turns a failed write into an OSError that says what, where and what to do.
+
+    Orbax reports most of them as ValueErrors with the operating system's words at the end.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if isinstance(error, ValueError) and code is None:
+            raise
+        number = int(code[1]) if code else (getattr(error, "errno", None) or errno.EIO)
+        why = getattr(error, "strerror", None) or os.strerror(number)
+        raise OSError(
+            number,
+            f"could not write {what} ({why}); what was there before is intact. "
+            "Make room, or choose another --out, and give the same command again: it goes on there",
+            str(path),
+        ) from error

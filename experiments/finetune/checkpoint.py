@@ -21,7 +21,6 @@ import errno
 import json
 import logging
 import os
-import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -33,6 +32,7 @@ import safetensors.numpy
 from experiments import storage
 from experiments.finetune import hosts
 from experiments.finetune.config import RunConfig
+from experiments.storage import explained, write_atomic, write_json
 
 CONFIG, FINAL, RESULT, CHECKPOINTS = (
     "config.json",
@@ -41,28 +41,6 @@ CONFIG, FINAL, RESULT, CHECKPOINTS = (
     "checkpoints",
 )
 _TRIES = 20  # to remove a folder that is still written to, a tenth of a second apart
-
-
-@contextlib.contextmanager
-def explained(what: str, path: storage.Path) -> Iterator[None]:
-    """Turns a failed write into an OSError that says what, where and what to do.
-
-    Orbax reports most of them as ValueErrors with the operating system's words at the end.
-    """
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        code = re.search(r"os_error_code='(\d+)'", str(error))
-        if isinstance(error, ValueError) and code is None:
-            raise
-        number = int(code[1]) if code else (getattr(error, "errno", None) or errno.EIO)
-        why = getattr(error, "strerror", None) or os.strerror(number)
-        raise OSError(
-            number,
-            f"could not write {what} ({why}); what was there before is intact. "
-            "Make room, or choose another --out, and give the same command again: it goes on there",
-            str(path),
-        ) from error
 
 
 @contextlib.contextmanager
@@ -75,17 +53,6 @@ def _quiet_orbax() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def write_atomic(path: storage.Path, data: bytes, what: str) -> None:
-    """Replaces `path` by `data`: a reader, a crash or a full disk never sees a part of it."""
-    with explained(what, path):
-        storage.replace(path, data)
-
-
-def write_json(path: storage.Path, value: Any, what: str) -> None:
-    """Writes one line of JSON atomically; NaN and infinity are refused, JSON has none."""
-    write_atomic(path, (json.dumps(value, allow_nan=False) + "\n").encode(), what)
 
 
 @contextlib.contextmanager

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from experiments import storage
-from experiments.finetune.checkpoint import explained
 from experiments.finetune.train import History
+from experiments.storage import explained
 
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 

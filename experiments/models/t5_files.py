@@ -16,10 +16,10 @@ import tokenizers
 from flax import nnx
 from tokenizers import decoders, normalizers, pre_tokenizers, processors
 
-from experiments.finetune.checkpoint import write_atomic
 from experiments.models import weights
 from experiments.models.t5 import T5
 from experiments.models.t5_config import T5Config
+from experiments.storage import write_atomic
 
 _INDEX, _WEIGHTS, _CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 _PATTERNS = [_CONFIG, "*.safetensors", _INDEX, "tokenizer.json", "spiece.model"]

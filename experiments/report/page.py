@@ -13,9 +13,9 @@ from collections.abc import Sequence
 
 import tyro
 
-from experiments.finetune.checkpoint import write_atomic
 from experiments.report import paper, plots, sensitivity, tables
 from experiments.report.summary import Row, read, summarise
+from experiments.storage import write_atomic
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 LONG = 30  # rows; of a longer table, those that belong to a sweep are left to the JSON lines
