@@ -135,7 +135,10 @@ def test_what_is_there_is_only_reported(both, capsys, monkeypatch):
 
 def test_only_the_runs_that_are_missing_are_made(tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(sweep, "trained", lambda runs, *rest: made.extend(runs) or [{}] * len(runs))
+    result = {"config": {}, "final": None}
+    monkeypatch.setattr(
+        sweep, "trained", lambda runs, *rest: made.extend(runs) or [result] * len(runs)
+    )
     monkeypatch.setattr(sweep, "_tell", lambda *args: None)
     monkeypatch.setattr(finetune, "show", lambda *args: None)
     for seeds in ("0", "0,1"):

@@ -29,12 +29,12 @@ from experiments.finetune import (
     devices,
     hosts,
     methods,
+    metrics,
     preemption,
     prepare,
     progress,
     train,
 )
-from experiments.finetune import metrics as runlog
 from experiments.finetune.config import Command, Grid, RunConfig
 from experiments.finetune.devices import Devices
 from experiments.provenance import provenance
@@ -100,7 +100,9 @@ def compare(session: Session) -> int:
 def show(results: list[dict[str, Any]], out: storage.Path, console: rich.console.Console) -> None:
     """Shows the table of these results; writes the file of all that are in `out`, and the plots."""
     rows = summarise(results)
-    made = hosts.once(lambda: [checkpoint.collect(out), *plots.draw(rows, out).values()])
+    made = hosts.once(
+        lambda: list(map(str, [checkpoint.collect(out), *plots.draw(rows, out).values()]))
+    )
     console.print(report.rich_table(rows))
     for table in sensitivity.tables(rows):
         console.print(report.rich_sensitivity(table))
@@ -142,7 +144,7 @@ def run_or_read(run: RunConfig, session: Session, title: str) -> dict[str, Any]:
     with contextlib.ExitStack() as held:
 
         def opened() -> dict | None:
-            held.enter_context(checkpoint.locked(folder))
+            held.enter_context(storage.locked(folder))
             checkpoint.claim(folder, run)
             return checkpoint.read_result(folder)
 
@@ -217,7 +219,7 @@ def observed(
     with contextlib.ExitStack() as held:
         if hosts.is_first():
             bar = progress.shown(session.console, title, steps, run.batch_size)
-            log = runlog.opened(
+            log = metrics.logged(
                 folder, np.asarray(rate(np.arange(steps))), tensorboard=session.command.tensorboard
             )
             observers += [held.enter_context(bar), held.enter_context(log)]

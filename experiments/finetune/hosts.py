@@ -9,8 +9,8 @@ aborts them from a C++ thread, so a child process says what happened and what to
 import atexit
 import contextlib
 import dataclasses
+import json
 import os
-import pickle
 import subprocess
 import sys
 import zlib
@@ -68,19 +68,29 @@ def is_first() -> bool:
 
 
 def once(make: Callable[[], T]) -> T:
-    """What `make` returns or raises in process 0, in every process; it is called there only."""
+    """What `make` returns, a JSON value, or raises in process 0, in every process."""
     if jax.process_count() == 1:
         return make()
-    answer, error = None, None
+    told = b""
     if is_first():
         try:
-            answer = make()
-        except Exception as raised:
-            error = raised
-    answer, error = pickle.loads(_broadcast(pickle.dumps((answer, error))))
-    if error is not None:
-        raise error
-    return answer
+            told = json.dumps({"answer": make()}).encode()
+        except Exception as error:
+            _broadcast(json.dumps({"error": _described(error)}).encode())
+            raise
+    told = json.loads(_broadcast(told))
+    if "error" in told:
+        kind, args = told["error"]
+        raise {"ValueError": ValueError, "OSError": OSError}.get(kind, RuntimeError)(*args)
+    return told["answer"]
+
+
+def _described(error: Exception) -> tuple[str, list]:
+    """A type and arguments that JSON can hold; those that a command turns into its exit status."""
+    if isinstance(error, OSError):
+        return "OSError", [error.errno, error.strerror, error.filename]
+    kind = "ValueError" if isinstance(error, ValueError) else type(error).__name__
+    return kind, [str(error)]
 
 
 def _broadcast(data: bytes) -> bytes:

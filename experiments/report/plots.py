@@ -102,7 +102,7 @@ def _figure(rows: Sequence[Row], panel, path: storage.Path) -> storage.Path:
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=150, format="png", metadata={"Software": None})
     plt.close(figure)
-    storage.replace(path, drawn.getvalue())
+    storage.write_atomic(path, drawn.getvalue(), "the plot")
     return path
 
 

@@ -23,7 +23,7 @@ import numpy as np
 import rich.console
 import tyro
 
-from experiments import checks
+from experiments import checks, storage
 from experiments.finetune import checkpoint, config, prepare, progress
 from experiments.finetune import command as finetune
 from experiments.finetune.config import RunConfig
@@ -84,7 +84,7 @@ def of_method(
     with contextlib.ExitStack() as held:
         found = {}
         for run, folder in folders.items():
-            held.enter_context(checkpoint.locked(folder))
+            held.enter_context(storage.locked(folder))
             checkpoint.claim(folder, run)
             if (result := checkpoint.read_result(folder)) is not None:
                 found[run] = result
