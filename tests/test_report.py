@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from experiments.finetune.config import CONFIGS, RunConfig, runs
-from experiments.pod import tables as pod_tables
 from experiments.report import page as report_page
 from experiments.report import paper, plots, summary
 from experiments.report import tables as report
@@ -172,29 +171,6 @@ def test_smoothing_keeps_a_line_and_a_constant():
     line = np.arange(100.0)
     half = 100 // (2 * plots.SMOOTHED_OVER)
     np.testing.assert_allclose(plots.smoothed(line)[half:-half], line[half:-half])
-
-
-def test_a_pod_row_with_step_and_update_stands_in_both_tables():
-    sizes = dict.fromkeys(["frozen_bytes", "trained_bytes", "state_bytes", "temporary_bytes"], 1e9)
-    costs = {"flops": 4e12, "memory_traffic_bytes": 4e9, "sent_bytes": 4e9}
-    row = {
-        "variant": "lora", "config": {"model": "m", "topology": "v5e:4x4", "rank": None},
-        "batch": 512, "fsdp": 16, "length": 1024, "rank": 8,
-        "total_bytes": 4e9, **sizes, **costs, "update": {k: v / 100 for k, v in costs.items()},
-    }  # fmt: skip
-    made = pod_tables.tables([row | {"total_bytes": 9e9}, row])
-    assert "**m**, 32 x 1,024 tokens a chip, rank 8." in made
-    assert "| v5e:4x4 | lora | 2 | 1,000 | 1 | 4 | 4 | 4 | 4 |" in made
-    assert made.count("(1.0000%)") == 3
-
-
-def test_an_update_whose_step_was_not_compiled_has_no_share():
-    update = {"flops": 4e6, "memory_traffic_bytes": 5e6, "sent_bytes": 6e6}
-    row = {
-        "variant": "full", "config": {"model": "m", "topology": "v5e:4x4", "rank": 4},
-        "batch": 16, "fsdp": 16, "length": 128, "update": update,
-    }  # fmt: skip
-    assert "| v5e:4x4 | full | 4 | 5 | 6 |" in pod_tables.tables([row])
 
 
 def _paper_cells(records) -> dict[str, dict[str, str]]:

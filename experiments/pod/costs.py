@@ -1,158 +1,151 @@
-"""What one chip does in a compiled program, read off its HLO text: FLOPs, bytes, collectives.
+"""What one chip does in a compiled TPU program: the compiler's estimated cycles, and bytes sent.
 
-XLA's own `cost_analysis()` counts the body of a loop once, however often it runs, so that a scan
-over 32 layers seems to cost one. Here a body counts as often as it runs (`hlo.trips`); a loop whose
-trips cannot be told counts once and is listed in `Cost.unknown_loops`.
-
-flops:       2 per multiply-add of dot and convolution, which is what the TPU backend turns matrix
-             products into; positions that meet only padding or holes do not count. 1 per element
-             of float arithmetic, and per element that a reduction takes in. What happens inside a
-             custom call (such as eigh's) is left out.
-bytes:       operands and results, in the main memory, of what runs as one kernel. Where a kernel
-             takes a slice of an operand, or updates a result in place, the slice counts. What lies
-             in another memory space (the TPU's vector memory, S(1) in the layout) does not.
-collectives: {kind: (operand bytes, sent bytes)}. On a ring of n chips an all-gather or a
-             reduce-scatter sends (n - 1) / n of the whole array from each chip, an all-reduce
-             twice that. The TPU backend spreads a collective over several kernels to overlap it
-             with compute; it counts where it is started.
+The text carries `"estimated_cycles"` for nearly every kernel that runs, and of a loop's body once.
+Here a body counts as often as it runs, and of a conditional the dearest branch. What is left out is
+told: the inside of custom calls, loops whose trips cannot be read (they count once), and kernels
+without an estimate, which are small copies and copies between memories beside the others. Nobody
+estimates how long a chip waits for others; instead there are the bytes that it sends. On a ring of
+n chips an all-gather or a reduce-scatter sends (n - 1) / n of the whole array from each, an
+all-reduce twice that.
 """
 
-import dataclasses
-import functools
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from experiments.pod import hlo
-from experiments.pod.hlo import Computation, Instruction, Module
 
-_COLLECTIVES = (
-    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"
-)  # fmt: skip
-# Move nothing: they name, group or rename what lies in memory, or run computations of their own.
-_FREE = {
+# They run nothing: they name, group or rename what lies in memory, or wait for it.
+_FREE = frozenset({
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "while", "call",
-    "conditional", "optimization-barrier", "opt-barrier", "partition-id", "replica-id",
-}  # fmt: skip
-_ARITHMETIC = {
-    "add", "subtract", "multiply", "divide", "maximum", "minimum", "negate", "abs", "power", "sqrt",
-    "rsqrt", "exponential", "exponential-minus-one", "log", "log-plus-one", "tanh", "logistic",
-    "cosine", "sine", "erf", "cbrt",
-}  # fmt: skip
-_FREE_CUSTOM = re.compile(r'custom_call_target="(ConcatBitcast|AllocateBuffer|AsyncCollective\w+)"')
+    "conditional", "opt-barrier", "optimization-barrier", "partition-id", "custom-call",
+    "async-update", "async-start",
+})  # fmt: skip
+_MARKERS = re.compile(r"AllocateBuffer|ConcatBitcast|AsyncCollective\w*")  # custom calls, also free
+_CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
 
 
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """What one chip does in one run of a program."""
+class Cost(NamedTuple):
+    """What one run of a module costs a chip."""
 
-    flops: float
-    bytes: float
-    collectives: dict[str, tuple[float, float]]
-    unknown_loops: tuple[str, ...] = ()
-
-    @property
-    def collective_bytes(self) -> float:
-        """Bytes that a chip sends, over all kinds."""
-        return sum(sent for _, sent in self.collectives.values())
+    cycles: int
+    kernels: int  # that have an estimate, each as often as it runs
+    by_operation: Counter  # {"slice of vmap()/slice": cycles}
+    sent: Counter  # {"all-gather": bytes}
+    custom_calls: tuple[str, ...]  # targets, whose inside nothing counts
+    without_estimate: Counter  # {opcode: how many of them, each as often as it runs}
+    unknown_loops: tuple[str, ...]  # counted once
 
 
-class Run(NamedTuple):
+class _Run(NamedTuple):
     """An instruction where the walk meets it."""
 
-    times: float  # how often it runs
-    kernel: bool  # whether it is a part of a fusion
-    instruction: Instruction
-    inside: Computation
+    times: int
+    fused: bool  # a part of a kernel, whose estimate has it
+    instruction: hlo.Instruction
+    inside: hlo.Computation
+
+    @property
+    def cycles(self) -> int | None:
+        """Of all times together; None without an estimate."""
+        found = None if self.fused else _CYCLES.search(self.instruction.text)
+        return self.times * int(found[1]) if found else None
 
 
-def cost(text: str, *, once: bool = False) -> Cost:
-    """The cost of one run of a compiled module.
-
-    Args:
-      text: `compiled.as_text()`.
-      once: count every loop's body once, as `cost_analysis` does.
-    """
+def cost(text: str) -> Cost:
+    """The cost of `compiled.as_text()`, of a program for a TPU."""
     module = hlo.parse(text)
-    started = _started(module)
     unknown: list[str] = []
-    flops, moved = 0.0, 0.0
-    totals: dict[str, tuple[float, float]] = {}
-    for run in _walk(module, module.entry, 1.0, False, once, unknown):
-        flops += run.times * _flops(run)
-        if not run.kernel:
-            moved += run.times * _bytes(module, run)
-        kind = run.instruction.opcode.removesuffix("-start")
-        if kind in _COLLECTIVES and not _continued(run, started):
-            own, sent = _sent(module, kind, run)
-            before = totals.get(kind, (0.0, 0.0))
-            totals[kind] = before[0] + run.times * own, before[1] + run.times * sent
-    return Cost(flops, moved, totals, tuple(unknown))
+    kernels, by_operation, sent, without = 0, Counter(), Counter(), Counter()
+    started = _started(module)
+    for run in _walk(module, module.entry, 1, False, unknown):
+        i, cycles = run.instruction, run.cycles
+        if cycles is not None:
+            kernels += run.times
+            by_operation[_operation(i)] += cycles
+        elif not run.fused and not _free(i):
+            without[i.opcode] += run.times
+        kind = i.opcode.removesuffix("-start")
+        if kind in _SENT and (_channel(i) not in started or _starts(run.inside)):
+            own = sum(hlo.shape_bytes(run.inside[name].shape) for name in i.operands)
+            sent[kind] += run.times * round(own * _SENT[kind](_chips(module, i)))
+    targets = set(re.findall(r'custom_call_target="([^"]+)"', text))
+    return Cost(
+        cycles=sum(by_operation.values()),
+        kernels=kernels,
+        by_operation=by_operation,
+        sent=sent,
+        custom_calls=tuple(sorted(t for t in targets if not _MARKERS.fullmatch(t))),
+        without_estimate=without,
+        unknown_loops=tuple(unknown),
+    )
 
 
 def _walk(
-    module: Module, name: str, times: float, kernel: bool, once: bool, unknown: list[str]
-) -> Iterator[Run]:
+    module: hlo.Module, name: str, times: int, fused: bool, unknown: list[str]
+) -> Iterator[_Run]:
     inside = module.computations[name]
     for i in inside.values():
-        yield Run(times, kernel, i, inside)
+        yield _Run(times, fused, i, inside)
         if i.opcode == "while":
-            found = hlo.trips(module, i, inside)
-            if found is None:
+            trips = hlo.trips(module, i, inside)
+            if trips is None:
                 unknown.append(i.name)
-            runs = times * (1 if once or found is None else found)
             for part in ("body", "condition"):
-                yield from _walk(module, i.attribute(part), runs, kernel, once, unknown)
-        elif i.opcode in ("fusion", "call", "async-start", "conditional"):
-            into = kernel or i.opcode in ("fusion", "async-start")
+                runs = times * (1 if trips is None else trips)
+                yield from _walk(module, i.attribute(part), runs, fused, unknown)
+        elif i.opcode == "conditional":
+            branches = [list(_walk(module, b, times, fused, unknown)) for b in i.called()]
+            yield from max(branches, key=lambda runs: sum(run.cycles or 0 for run in runs))
+        elif i.opcode in ("fusion", "call", "async-start"):
             for called in i.called():
-                yield from _walk(module, called, times, into, once, unknown)
+                yield from _walk(module, called, times, fused or i.opcode == "fusion", unknown)
+
+
+def _free(i: hlo.Instruction) -> bool:
+    scalar = not any(dims for _, dims in hlo.arrays(i.shape))  # of the scalar core
+    return scalar or i.opcode in _FREE or i.opcode.endswith("-done")
+
+
+def _operation(i: hlo.Instruction) -> str:
+    """What an instruction is, and the operation of the program that it came from."""
+    origin = re.search(r'op_name="([^"]*)"', i.text)
+    return f"{i.opcode} of {origin[1].split('/', 1)[-1]}" if origin else i.opcode
 
 
 # Collectives
 
+_SENT = {  # by each of n chips, in operands
+    "all-gather": lambda n: n - 1,
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "reduce-scatter": lambda n: (n - 1) / n,
+    "all-to-all": lambda n: (n - 1) / n,
+    "collective-permute": lambda n: 1,
+}
 
-def _channel(i: Instruction) -> str | None:
+
+def _channel(i: hlo.Instruction) -> str | None:
     found = re.search(r"channel_id=(\d+)", i.text)
     return found[1] if found else None
 
 
-def _starts(computation: Computation) -> bool:
+def _starts(computation: hlo.Computation) -> bool:
     return any('"AsyncCollectiveStart"' in i.text for i in computation.values())
 
 
-def _started(module: Module) -> set[str]:
-    """The channels of the collectives that a kernel of their own starts."""
+def _started(module: hlo.Module) -> set[str]:
+    """The channels of the collectives that are spread over several kernels: the first counts."""
     return {
         channel
-        for computation in module.computations.values()
-        if _starts(computation)
+        for computation in filter(_starts, module.computations.values())
         for i in computation.values()
         if (channel := _channel(i))
     }
 
 
-def _continued(run: Run, started: set[str]) -> bool:
-    """Whether this is a later part of a collective that was started elsewhere."""
-    return _channel(run.instruction) in started and not _starts(run.inside)
-
-
-def _sent(module: Module, kind: str, run: Run) -> tuple[float, float]:
-    """(operand bytes, bytes that a chip sends on a ring)."""
-    own = sum(hlo.shape_bytes(run.inside[name].shape) for name in run.instruction.operands)
-    n = _group(module, run.instruction)
-    share = (n - 1) / n
-    return own, {
-        "all-gather": own * (n - 1),
-        "all-reduce": 2 * own * share,
-        "reduce-scatter": own * share,
-        "all-to-all": own * share,
-        "collective-permute": own,
-    }[kind]
-
-
-def _group(module: Module, i: Instruction) -> int:
+def _chips(module: hlo.Module, i: hlo.Instruction) -> int:
     """How many chips take part in one group of a collective."""
     if named := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", i.text):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
@@ -162,163 +155,3 @@ def _group(module: Module, i: Instruction) -> int:
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", i.text):
         return listed[1].count(",") + 1
     return module.devices
-
-
-# Bytes
-
-
-def _here(array: tuple[str, list[int], str]) -> int:
-    """Bytes of one array that lie in the main memory: none if it lies in another."""
-    dtype, dims, layout = array
-    return 0 if re.search(r"S\([1-9]", layout) else hlo.array_bytes(dtype, dims)
-
-
-def _main_memory(shape: str) -> int:
-    """Bytes of the arrays of a shape that lie in the main memory."""
-    return sum(map(_here, hlo.arrays(shape)))
-
-
-def _bytes(module: Module, run: Run) -> float:
-    i, inside = run.instruction, run.inside
-    if i.opcode in _FREE or i.opcode.endswith("-done") or _FREE_CUSTOM.search(i.text):
-        return 0.0
-    operands = [inside[name].shape for name in i.operands if name in inside]
-    if i.opcode in ("dynamic-slice", "slice", "gather", "slice-start"):
-        return _slice_bytes(i, operands[0])
-    if i.opcode == "dynamic-update-slice":
-        return 2.0 * _main_memory(operands[1])
-    if i.opcode == "copy-start":  # (destination, source, context)
-        return _here(hlo.arrays(i.shape)[0]) + _main_memory(operands[0])
-    if i.opcode == "collective-permute-start":  # (source, destination, contexts)
-        return _main_memory(i.shape)
-    if i.opcode == "fusion":
-        return _fusion_bytes(module, i, operands)
-    return float(_main_memory(i.shape) + sum(map(_main_memory, operands)))
-
-
-def _slice_bytes(i: Instruction, source: str) -> float:
-    """Bytes written and read by taking a slice."""
-    at = 1 if i.opcode == "slice-start" else 0  # ((source), destination, context)
-    made = hlo.arrays(i.shape)[at]
-    read = hlo.array_bytes(*made[:2]) if _main_memory(source) else 0
-    return read + _here(made)
-
-
-def _fusion_bytes(module: Module, i: Instruction, operands: list[str]) -> float:
-    body = module.computations[i.called()[0]]
-    total = 0.0
-    for made in body.values():
-        if made.opcode == "parameter" and _main_memory(operands[made.parameter()]):
-            total += _read(module, made, body)
-    last = hlo.root(body)
-    parts = last.operands if last.opcode == "tuple" else (last.name,)
-    return total + sum(_written(module, body, name) for name in parts)
-
-
-def _read(module: Module, source: Instruction, body: Computation) -> float:
-    """Bytes that a kernel reads of an operand: the slices, where slices are all that it takes."""
-    total, whole = 0.0, hlo.shape_bytes(source.shape)
-    for user in body.values():
-        if source.name not in user.operands:
-            continue
-        kind = user.opcode.removesuffix("-start")
-        if user.opcode in ("dynamic-slice", "slice", "gather"):
-            total += hlo.shape_bytes(user.shape) if user.operands[0] == source.name else whole
-        elif user.opcode in ("bitcast", "reshape"):
-            total += _read(module, user, body)
-        elif user.opcode == "fusion":
-            inner = module.computations[user.called()[0]]
-            for made in inner.values():
-                fed = made.opcode == "parameter" and user.operands[made.parameter()]
-                if fed == source.name:
-                    total += _read(module, made, inner)
-        elif user.opcode == "dynamic-update-slice" and user.operands[0] == source.name:
-            continue  # written in place, not read
-        elif user.opcode == "tuple" or kind in _COLLECTIVES or _FREE_CUSTOM.search(user.text):
-            continue  # passed through, or counted as a collective
-        else:
-            return whole
-    return min(total, whole)
-
-
-def _written(module: Module, body: Computation, name: str) -> float:
-    """Bytes that a kernel writes of one of its results."""
-    result, source = body[name], hlo.through(body, name)
-    if source.opcode == "fusion" and not source.shape.startswith("("):
-        inner = module.computations[source.called()[0]]
-        source = hlo.through(inner, hlo.root(inner).name)
-        body = inner
-    if source.opcode == "dynamic-update-slice":
-        return hlo.shape_bytes(body[source.operands[1]].shape)
-    if source.opcode in ("parameter", "get-tuple-element", *_COLLECTIVES):
-        return 0.0
-    return 0.0 if _FREE_CUSTOM.search(source.text) else _main_memory(result.shape)
-
-
-# FLOPs
-
-
-def _flops(run: Run) -> float:
-    i, inside = run.instruction, run.inside
-    if i.opcode == "dot":
-        return _dot_flops(i, inside)
-    if i.opcode == "convolution":
-        return _convolution_flops(i, inside)
-    if i.opcode in _ARITHMETIC:
-        return _floats(i.shape)
-    return _floats(inside[i.operands[0]].shape) if i.opcode == "reduce" else 0.0
-
-
-def _floats(shape: str) -> float:
-    """How many floating-point elements a shape has."""
-    return float(
-        sum(math.prod(dims) for dtype, dims, _ in hlo.arrays(shape) if dtype[0] in ("f", "b"))
-    )
-
-
-def _dot_flops(i: Instruction, inside: Computation) -> float:
-    left = hlo.dimensions(inside[i.operands[0]].shape)
-    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.text)
-    axes = [int(x) for x in contracted[1].split(",") if x] if contracted else []
-    return 2.0 * math.prod(hlo.dimensions(i.shape)) * math.prod(left[axis] for axis in axes)
-
-
-def _window(text: str, field: str, axes: int, default: int) -> list[int]:
-    """One number for each spatial axis; the low side of a padding."""
-    window = re.search(r"window=\{([^}]*)\}", text)
-    found = re.search(rf"\b{field}=(\S+)", window[1]) if window else None
-    return [int(part.split("_")[0]) for part in found[1].split("x")] if found else [default] * axes
-
-
-@functools.cache
-def _positions(
-    out: int, size: int, wide: int, stride: int, low: int, base: int, dilation: int
-) -> int:
-    """(output, window) positions of one axis that meet an input, neither padding nor a hole."""
-    reach = (wide - 1) * base + 1
-    count = 0
-    for k in range(size):
-        for at in range(k * dilation - low, k * dilation - low + out * stride, stride):
-            count += 0 <= at < reach and at % base == 0
-    return count
-
-
-def _convolution_flops(i: Instruction, inside: Computation) -> float:
-    inputs, kernel, output = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.text).groups()
-    left, right = (hlo.dimensions(inside[name].shape) for name in i.operands)
-    out = hlo.dimensions(i.shape)
-    axes = sorted(label for label in inputs if label.isdigit())
-    windows = [
-        _window(i.text, field, len(axes), default)
-        for field, default in (("stride", 1), ("pad", 0), ("lhs_dilate", 1), ("rhs_dilate", 1))
-    ]
-    met = 1
-    for n, axis in enumerate(axes):
-        sizes = (
-            out[output.index(axis)],
-            right[kernel.index(axis)],
-            left[inputs.index(axis)],
-        )
-        met *= _positions(*sizes, *(window[n] for window in windows))
-    batch_and_features = out[output.index("b")] * out[output.index("f")]
-    return 2.0 * batch_and_features * right[kernel.index("i")] * met

@@ -4,7 +4,7 @@ import math
 import re
 from typing import NamedTuple
 
-_ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply)=(%[^,}\s]+)")
 
 
@@ -28,10 +28,6 @@ class Instruction(NamedTuple):
             return re.findall(r"%[^,\s}]+", branches[1])
         return _CALLED.findall(self.text)
 
-    def parameter(self) -> int:
-        """The number of a parameter."""
-        return int(re.match(r"\d+", self.text)[0])
-
 
 Computation = dict[str, Instruction]
 
@@ -44,30 +40,21 @@ class Module(NamedTuple):
     devices: int
 
 
-def arrays(shape: str) -> list[tuple[str, list[int], str]]:
-    """[(dtype, dimensions, layout)] of a shape, several for a tuple."""
+def arrays(shape: str) -> list[tuple[str, list[int]]]:
+    """[(dtype, dimensions)] of a shape, several for a tuple."""
     return [
-        (dtype, [int(x) for x in dims.split(",") if x], layout)
-        for dtype, dims, layout in _ARRAY.findall(shape)
+        (dtype, [int(x) for x in dims.split(",") if x]) for dtype, dims in _ARRAY.findall(shape)
     ]
 
 
-def dimensions(shape: str) -> list[int]:
-    """The dimensions of one array's shape."""
-    ((_, dims, _),) = arrays(shape)
-    return dims
-
-
-def array_bytes(dtype: str, dims: list[int]) -> int:
-    """Bytes without padding; none for a token."""
-    bits = re.match(r"[a-z]+(\d+)", dtype)
-    width = 1 if dtype == "pred" else int(bits[1]) / 8 if bits else 0
-    return math.ceil(math.prod(dims) * width)
-
-
 def shape_bytes(shape: str) -> int:
-    """Bytes of a shape without padding, wherever they lie."""
-    return sum(array_bytes(dtype, dims) for dtype, dims, _ in arrays(shape))
+    """Bytes of a shape without padding; none for a token."""
+    total = 0
+    for dtype, dims in arrays(shape):
+        bits = re.match(r"[a-z]+(\d+)", dtype)
+        width = 1 if dtype == "pred" else int(bits[1]) / 8 if bits else 0
+        total += math.ceil(math.prod(dims) * width)
+    return total
 
 
 def _balanced(text: str, start: int) -> int:

@@ -49,7 +49,7 @@ def mesh_of(mesh: str | None, chips: int) -> tuple[int, int]:
     return fsdp, tensor
 
 
-def mesh(topology: str, fsdp: int, tensor: int) -> Mesh:
+def make_mesh(topology: str, fsdp: int, tensor: int) -> Mesh:
     """The chips of the slice along the axes "fsdp" and "tensor"."""
     return Mesh(np.array(devices(topology)).reshape(fsdp, tensor), ("fsdp", "tensor"))
 

@@ -21,9 +21,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import lorapro_jax as lp
 from experiments.pod.workloads import HEAD, Tree, Workload
 
-# LoRA-Pro in its modes, its projection before optax's AdamW, AdamW on the factors, and the least
-# update that uses every gradient.
-MODES = ("factored", "full", "lorapro-adamw", "lora", "sgd")
+# LoRA-Pro in its modes, its projection before optax's AdamW, and AdamW on the factors.
+MODES = ("factored", "full", "lorapro-adamw", "lora")
 # Kernels whose inputs are split over `tensor`: they follow one whose outputs are.
 _ROW_PARALLEL = re.compile(r"(.*/)?(o|out|down|wo)/(kernel|lora_[ab])")
 
@@ -37,8 +36,6 @@ class Step(NamedTuple):
 
 def optimizer(mode: str, work: Workload, rate: float = 1e-4) -> optax.GradientTransformation:
     """Clipping by global norm, then the rule of `mode`; AdamW for a head."""
-    if mode == "sgd":
-        return optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(rate))
     if mode == "lora":
         tx = optax.adamw(rate)
     elif mode == "lorapro-adamw":

@@ -1,70 +1,81 @@
-"""The results of `experiments.pod` as Markdown: python -m experiments.pod.tables FILE.jsonl
+"""The results of `experiments.pod` as tables: python -m experiments.pod.tables FILE.jsonl
 
 Per model, what a chip holds and does in a whole step, and in the update alone. Of each slice, model
-and mode the last row of the file counts.
+and mode the last row of the file counts. On a terminal they are drawn, from the file in Markdown.
 """
 
 import json
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-Key = tuple[str, str]  # topology, mode
+import rich.box
+import rich.console
+import rich.table
+
+Row = dict[str, Any]
 
 
-def tables(rows: Sequence[dict]) -> str:
-    """All tables; a model's sizes are those of its last row."""
-    parts = []
+def tables(rows: Sequence[Row], box: rich.box.Box = rich.box.SIMPLE) -> Iterator[rich.table.Table]:
+    """Two tables for each model; one where only updates were compiled."""
     for model in dict.fromkeys(row["config"]["model"] for row in rows):
-        own = [row for row in rows if row["config"]["model"] == model]
-        steps, updates = {}, {}  # a row has the one, the other, or both
-        for row in own:
-            key = row["config"]["topology"], row["variant"]
-            if "flops" in row:
-                steps[key] = row
-            if "update" in row and row["variant"] != "sgd":
-                updates[key] = row["update"]
+        latest = {
+            (row["config"]["topology"], row["variant"]): row
+            for row in rows
+            if row["config"]["model"] == model
+        }
+        last = list(latest.values())[-1]
+        title = (
+            f"{model}, {last['batch'] // last['fsdp']} x {last['length']:,} tokens a chip along "
+            f"fsdp, rank {last['rank']}"
+        )
+        steps = [[*key, *_step(row)] for key, row in sorted(latest.items()) if "fits" in row]
         if steps:
-            parts += [f"**{model}**, {_sizes(own[-1])}. One whole step, per chip:", _steps(steps)]
-        if updates:
-            parts += [f"**{model}**, the update alone, per chip, and its share of that step:"]
-            parts += [_updates(steps, updates)]
-    return "\n\n".join(parts)
+            yield _table(
+                f"{title}: one step, per chip", steps, box,
+                "slice", "mode", "base GB", "factors MB", "state MB", "temporaries GB", "total GB",
+                "fits", "Mcycles", "sent GB", "compile s",
+            )  # fmt: skip
+        yield _table(
+            f"{title}: the update compiled alone, per chip, and its share of that step",
+            [[*key, *_update(row)] for key, row in sorted(latest.items())], box,
+            "slice", "mode", "Mcycles", "sent MB", "temporaries MB", "state MB", "compile s",
+        )  # fmt: skip
 
 
-def _sizes(row: dict) -> str:
-    rank = row["config"]["rank"] or row["rank"]
-    return f"{row['batch'] // row['fsdp']} x {row['length']:,} tokens a chip, rank {rank}"
+def _step(row: Row) -> list[str]:
+    held = _scaled(
+        row, ("frozen_bytes", 1e9), ("trained_bytes", 1e6), ("state_bytes", 1e6),
+        ("temporary_bytes", 1e9), ("total_bytes", 1e9),
+    )  # fmt: skip
+    fits = "yes" if row["fits"] else f"no: {row.get('compiler_says', 'over the memory')}"
+    return [*held, fits, *_scaled(row, ("cycles", 1e6), ("sent_bytes", 1e9), ("compile_s", 1.0))]
 
 
-def _steps(steps: dict[Key, dict]) -> str:
-    cells = []
-    for key, row in sorted(steps.items()):
-        parts = [(row["frozen_bytes"] + row["trained_bytes"]) / 1e9, row["state_bytes"] / 1e6]
-        parts += [row[k] / 1e9 for k in ("temporary_bytes", "total_bytes")]
-        parts += [row["flops"] / 1e12, row["memory_traffic_bytes"] / 1e9, row["sent_bytes"] / 1e9]
-        cells.append([*key, *(f"{value:,.4g}" for value in parts)])
-    held = ["base + factors GB", "state MB", "temporaries GB", "total GB"]
-    return _markdown(["slice", "mode", *held, "TFLOP", "memory traffic GB", "sent GB"], cells)
+def _update(row: Row) -> list[str]:
+    update = row["update"]
+    parts = []
+    for name in ("cycles", "sent_bytes", "temporary_bytes"):
+        share = f" ({update[name] / row[name]:.3%})" if row.get(name) else ""
+        parts.append(f"{update[name] / 1e6:.4g}{share}")
+    return [*parts, *_scaled(update, ("state_bytes", 1e6), ("compile_s", 1.0))]
 
 
-def _updates(steps: dict[Key, dict], updates: dict[Key, dict]) -> str:
-    """The share is left out where the mode's whole step was not compiled."""
-    cells = []
-    for key, row in sorted(updates.items()):
-        whole = steps.get(key)
-        costs = {k: row[k] for k in ("flops", "memory_traffic_bytes", "sent_bytes")}
-        shares = [f" ({cost / whole[k]:.4%})" if whole else "" for k, cost in costs.items()]
-        amounts = (f"{cost / 1e6:,.4g}" for cost in costs.values())
-        cells.append([*key, *map("".join, zip(amounts, shares, strict=True))])
-    return _markdown(["slice", "mode", "MFLOP", "memory traffic MB", "sent MB"], cells)
+def _scaled(row: Row, *fields: tuple[str, float]) -> list[str]:
+    return [f"{row[name] / unit:.4g}" if name in row else "-" for name, unit in fields]
 
 
-def _markdown(names: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(cells) + " |" for cells in (names, *rows)]
-    return "\n".join([lines[0], "|" + "---|" * len(names), *lines[1:]])
+def _table(title: str, rows: list[list[str]], box: rich.box.Box, *headings: str):
+    made = rich.table.Table(title=title, box=box)
+    for heading in headings:
+        made.add_column(heading, justify="left" if heading in ("slice", "mode") else "right")
+    for row in rows:
+        made.add_row(*row)
+    return made
 
 
 if __name__ == "__main__":
-    text = pathlib.Path(sys.argv[1]).read_text()
-    print(tables([json.loads(line) for line in text.splitlines()]))
+    lines = pathlib.Path(sys.argv[1]).read_text().splitlines()
+    for table in tables([json.loads(line) for line in lines], rich.box.MARKDOWN):
+        rich.console.Console(width=200).print(table)

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 import lorapro_jax as lp
 from experiments.models import bert, llama, t5
 from experiments.models.t5_config import T5Config
-from experiments.pod import t5 as pod_t5
+from experiments.pod.t5 import BASE, THREE_B, Scan, scanned
 from lorapro_jax import nnx as lora
 
 HEAD = r"head/.*"  # minilm's, fresh: trained beside the adapters
@@ -109,10 +109,10 @@ def text_to_text(
 ) -> Workload:
     """Training of a T5 on answers of a few words, weights in `dtype`, bf16 activations."""
     alpha = 2.0 * rank
-    how = pod_t5.Scan(rank, alpha, remat, PartitionSpec("fsdp", None, None))
+    how = Scan(rank, alpha, remat, PartitionSpec("fsdp", None, None))
 
     def make():
-        return pod_t5.scanned(config, how, dtype=jnp.bfloat16, param_dtype=dtype, rngs=nnx.Rngs(0))
+        return scanned(config, how, dtype=jnp.bfloat16, param_dtype=dtype, rngs=nnx.Rngs(0))
 
     graph, trainable, frozen = nnx.split(nnx.eval_shape(make), nnx.LoRAParam, ...)
     data = {
@@ -160,10 +160,10 @@ MODELS = {
     "minilm": Model(lambda *sizes: encoder(MINILM, *sizes), 32, 128),
     "llama3-8b": Model(lambda *sizes: decoder(llama.LlamaConfig(), *sizes), 1, 2048),
     "t5-base": Model(
-        lambda *sizes: text_to_text(pod_t5.BASE, jnp.float32, False, *sizes), 32, 128, rank=8
+        lambda *sizes: text_to_text(BASE, jnp.float32, False, *sizes), 32, 128, rank=8
     ),
     "t5-3b": Model(
-        lambda *sizes: text_to_text(pod_t5.THREE_B, jnp.bfloat16, True, *sizes), 8, 512, rank=8
+        lambda *sizes: text_to_text(THREE_B, jnp.bfloat16, True, *sizes), 8, 512, rank=8
     ),
     "tiny": Model(lambda *sizes: decoder(llama.TINY, *sizes), 1, 16),
 }
