@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from experiments.configs import CONFIGS
 from experiments.finetune import command as finetune
 from experiments.finetune import config
 from experiments.finetune.methods import METHODS
@@ -98,6 +99,14 @@ def test_ci_runs_the_readmes_test_command():
         ["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert found.stdout.strip() == SHELL[1]
+
+
+def test_the_main_job_and_the_tables_command_have_configurations():
+    (table,) = (body for body in blocks("text", "results.md") if "experiments.finetune" in body)
+    for line, name in ((SHELL[0], "minilm_pydoc"), (table, "minilm_sst2")):
+        printed = config.read(commands(line)[-1][3:], "finetune")
+        assert config.runs(printed) == config.runs(CONFIGS[name])
+        assert f"--config {name}" in sys.modules[f"experiments.configs.{name}"].__doc__
 
 
 @pytest.mark.slow

@@ -8,7 +8,8 @@ import re
 import numpy as np
 import pytest
 
-from experiments.finetune.config import CONFIGS, RunConfig, runs
+from experiments.configs import CONFIGS
+from experiments.finetune.config import RunConfig, runs
 from experiments.report import page as report_page
 from experiments.report import paper, plots, summary
 from experiments.report import tables as report

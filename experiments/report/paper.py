@@ -11,7 +11,8 @@ import dataclasses
 import statistics
 from collections.abc import Sequence
 
-from experiments.finetune.config import CONFIGS, runs
+from experiments.configs import CONFIGS
+from experiments.finetune.config import runs
 from experiments.models import MODELS
 from experiments.report.summary import Row
 
