@@ -212,7 +212,7 @@ argv = json.loads(sys.argv[1])
 assert finetune.main(argv) == 0
 command = config.read(argv, "")
 run = config.runs(command)[-1]
-setup, params = prepare.build(run, prepare.load_data(run, None), devices.of(command))
+setup, params = prepare.build(run, prepare.load_data(run, None), devices.devices_of(command))
 params = setup.devices.place(params)
 trees = {"params": params, "frozen": setup.frozen, "state": setup.programs.init(params)}
 print(json.dumps({

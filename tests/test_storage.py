@@ -15,8 +15,9 @@ import pytest
 from etils.epath import backend
 from test_training import NAME
 
-from experiments import data, storage
+from experiments import storage
 from experiments.data import glue
+from experiments.data.tasks import task_named
 from experiments.finetune import command as finetune
 from tests import fake_gcs
 
@@ -173,11 +174,11 @@ def test_glue_in_a_bucket_is_glue_on_a_disk(memory):
     for path in sorted((TFDS / "glue" / "mrpc").glob("*/*")):
         there = storage.at("gs://bucket/tfds") / str(path.relative_to(TFDS))
         storage.write_atomic(there, path.read_bytes(), "it")
-    task = data.get("mrpc")
+    task = task_named("mrpc")
     here, there = glue.load(task, TFDS), glue.load(task, "gs://bucket/tfds")
     assert list(here.validation) == list(there.validation)
     with pytest.raises(FileNotFoundError, match="no cola in gs://bucket/tfds") as caught:
-        glue.load(data.get("cola"), "gs://bucket/tfds")
+        glue.load(task_named("cola"), "gs://bucket/tfds")
     assert "prepared there: mrpc" in str(caught.value)
 
 

@@ -10,7 +10,6 @@ from test_programs import compilations
 
 from experiments.finetune import command as finetune
 from experiments.finetune import prepare
-from experiments.report import plots
 from experiments.sweep import command as sweep
 from experiments.sweep import together
 
@@ -48,7 +47,7 @@ def both(tmp_path_factory):
     with two_pairs() as patched:
         patched.setattr(prepare, "COMPILATION", 0)  # a length for every bucket
         patched.setattr(together, "STEPS", 4)
-        patched.setattr(plots, "draw", lambda *args: {})
+        patched.setattr(finetune, "draw", lambda *args: {})
         with compilations() as counts:
             for method, groups in GROUPS.items():
                 assert sweep.main([*flags(out / "together", method), *groups]) == (method == "lora")
@@ -62,7 +61,7 @@ def assert_equal_runs(mine: dict, truth: dict) -> None:
     """The same but for rounding, times and memory."""
     assert mine.keys() == (truth.keys() | {"together"}) - {"checkpoint"}
     measured = {"losses", "evaluations", "final", "examples_per_second", "wall_seconds", "seconds"}
-    process = {"step_memory_bytes", "process_peak_bytes", "provenance", "checkpoint"}
+    process = {"step_memory_bytes", "provenance", "checkpoint"}
     for name in truth.keys() - measured - process:
         assert mine[name] == truth[name], name
     assert len(mine["losses"]) == len(truth["losses"])
@@ -123,7 +122,8 @@ def test_what_is_there_is_only_reported(both, capsys, monkeypatch):
     out = both[0]
     before = {path: path.read_bytes() for path in out.glob("*/*.json")}
     assert len(before) == 2 * 8
-    monkeypatch.setattr(prepare, "load_data", None)
+    for module in ("sweep.command", "finetune.run"):
+        monkeypatch.setattr(f"experiments.{module}.load_data", None)
     for main in (sweep.main, finetune.main):
         for method in FLAGS:
             assert main(flags(out, method)) == (method == "lora")
@@ -135,12 +135,11 @@ def test_what_is_there_is_only_reported(both, capsys, monkeypatch):
 
 def test_only_the_runs_that_are_missing_are_made(tmp_path, monkeypatch):
     made = []
-    result = {"config": {}, "final": None}
+    result = {"config": {}, "final": {}}
     monkeypatch.setattr(
         sweep, "trained", lambda runs, *rest: made.extend(runs) or [result] * len(runs)
     )
-    monkeypatch.setattr(sweep, "_tell", lambda *args: None)
-    monkeypatch.setattr(finetune, "show", lambda *args: None)
+    monkeypatch.setattr(sweep, "show", lambda *args: None)
     for seeds in ("0", "0,1"):
         asked = tiny(tmp_path, methods="full,lora", learning_rates="1e-3,1e-2", seeds=seeds)
         assert sweep.main(asked) == 0
@@ -201,6 +200,6 @@ def test_too_many_runs_for_the_memory_are_told_of_at_once(tmp_path, capsys, monk
     def full(*args, **kwargs):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
-    monkeypatch.setattr(together, "train", full)
+    monkeypatch.setattr(sweep, "train", full)
     assert sweep.main(tiny(tmp_path)) == 2
     assert "train fewer runs together with --at-once" in capsys.readouterr().err

@@ -126,7 +126,7 @@ def told_at(monkeypatch, step: int, number: int = signal.SIGTERM):
             yield observe_and_tell
 
     with monkeypatch.context() as patched:
-        patched.setattr(progress, "shown", shown_and_told)
+        patched.setattr("experiments.finetune.run.shown", shown_and_told)
         yield
 
 
@@ -245,7 +245,7 @@ def test_jaxs_variables_ask_for_a_distributed_run_and_flags_go_first(monkeypatch
 
 
 def test_one_device_needs_no_mesh():
-    alone = devices.of(config.Command())
+    alone = devices.devices_of(config.Command())
     batch = {"tokens": np.zeros((2, 3), np.int32)}
     assert alone.mesh is None
     assert alone.count == 1

@@ -113,7 +113,7 @@ def _axis_to_cut(path: tuple, shape: tuple[int, ...], parts: int) -> int | None:
     return max(fit, key=lambda axis: shape[axis], default=None)
 
 
-def of(command: Command) -> Devices:
+def devices_of(command: Command) -> Devices:
     """The devices that the command asks for: the same number of every process.
 
     Raises:

@@ -15,9 +15,9 @@ import optax
 from flax import nnx
 
 import lorapro_jax as lp
-from experiments import models
 from experiments.checks import one_of
 from experiments.finetune.config import RunConfig
+from experiments.models import get as model_named
 from lorapro_jax import nnx as lora
 
 HEAD = r"head/.*"  # fresh, so that the LoRA methods train it too
@@ -62,7 +62,7 @@ METHODS: dict[str, Method] = {
 }
 
 
-def get(name: str) -> Method:
+def method_named(name: str) -> Method:
     """The named method; a ValueError with the near misses if there is none of that name."""
     return METHODS[one_of("method", name, METHODS)]
 
@@ -74,7 +74,7 @@ class Peaks(NamedTuple):
     head: jax.typing.ArrayLike  # of the head beside adapters
 
 
-def peaks(run: RunConfig) -> Peaks:
+def peaks_of(run: RunConfig) -> Peaks:
     """The run's own."""
     return Peaks(run.learning_rate, run.head_learning_rate or run.learning_rate)
 
@@ -91,17 +91,17 @@ def schedule(peak: jax.typing.ArrayLike, warmup_ratio: float, steps: int) -> opt
 
 
 def optimizer(
-    run: RunConfig, steps: int, peaks_of_run: Peaks | None = None
+    run: RunConfig, steps: int, given: Peaks | None = None
 ) -> optax.GradientTransformation:
     """Global-norm clipping of the raw gradients, then the method's rule.
 
-    `peaks_of_run` stand in for the run's own; the state's structure depends on neither.
+    `given` stand in for the run's own; the state's structure depends on neither.
     """
-    method, peak = get(run.method), peaks_of_run or peaks(run)
+    method, peak = method_named(run.method), given or peaks_of(run)
     tx = method.optimizer(run, schedule(peak.method, run.warmup_ratio, steps))
     if method.adapted:
         head = {HEAD: _adamw(run, schedule(peak.head, run.warmup_ratio, steps))}
-        tx = lp.freeze_base(tx, extra=None if models.get(run.model).text_to_text else head)
+        tx = lp.freeze_base(tx, extra=None if model_named(run.model).text_to_text else head)
     return optax.chain(optax.clip_by_global_norm(run.clip_norm), tx) if run.clip_norm else tx
 
 
@@ -110,12 +110,12 @@ def split(
 ) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """(graph, what trains, the rest) of `model`, which gains adapters if the method uses them."""
     trains = nnx.Param
-    if get(run.method).adapted:
+    if method_named(run.method).adapted:
         lora.add_lora(
             model,
             rank=run.rank,
             alpha=run.alpha,
-            targets=models.get(run.model).adapted,
+            targets=model_named(run.model).adapted,
             rslora=run.rslora,
             dropout=run.dropout,
             rngs=rngs,
@@ -125,13 +125,13 @@ def split(
     return graph, nnx.as_pure(trainable), nnx.as_pure(rest)
 
 
-def diagnosis(run: RunConfig) -> Callable[..., dict[str, jax.Array]] | None:
+def diagnosis_of(run: RunConfig) -> Callable[..., dict[str, jax.Array]] | None:
     """measure(params, grads, updates) -> means over the pairs; None for a method without pairs.
 
     Each is the cosine between a step of the full weight and the part of the full gradient that the
     adapters can reach: LoRA's gradient step, LoRA-Pro's, and the step the optimizer takes.
     """
-    if not get(run.method).adapted:
+    if not method_named(run.method).adapted:
         return None
 
     def measure(params, grads, updates) -> dict[str, jax.Array]:

@@ -9,12 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments import data, models
-from experiments.data.batching import BUCKETS
+from experiments.data.batching import BUCKETS, Encoded, encode, eval_batches, train_batches
 from experiments.data.prompts import PROMPTS
-from experiments.finetune import methods, programs, train
+from experiments.data.tasks import load_task, task_named
 from experiments.finetune.config import RunConfig
 from experiments.finetune.devices import ONE, Devices
+from experiments.finetune.methods import split
+from experiments.finetune.programs import programs_of, varied_of
+from experiments.finetune.train import Setup
+from experiments.models import get as model_named
 
 EVAL_BATCH = 64
 # What compiling for one more length costs, in steps x tokens of its padding: on 2 CPU cores a
@@ -26,39 +29,31 @@ DATA_SEED = 0  # draws the task and the validation subset: the same for every ru
 class Data(NamedTuple):
     """A task's examples, tokenised."""
 
-    train: data.Encoded
-    validation: data.Encoded
+    train: Encoded
+    validation: Encoded
     available: int  # training examples before --train-examples
 
 
 def load_data(run: RunConfig, data_dir: str | None) -> Data:
     """The run's examples; those of the last few runs are kept."""
+    names = "task", "model", "weights", "max_length", "train_examples", "eval_examples"
     seed = run.seed if run.train_examples else 0
-    return _load_data(
-        run.task,
-        data_dir,
-        run.model,
-        run.weights,
-        run.max_length,
-        run.train_examples,
-        run.eval_examples,
-        seed,
-    )
+    return _load_data(data_dir, seed, *(getattr(run, name) for name in names))
 
 
 @functools.lru_cache(maxsize=2)
 def _load_data(
-    task, data_dir, model, weights, max_length, train_examples, eval_examples, seed
+    data_dir, seed, task, model, weights, max_length, train_examples, eval_examples
 ) -> Data:
-    splits, spec = data.load(task, data_dir=data_dir, seed=DATA_SEED), data.get(task)
-    found = models.get(model)
+    splits, spec = load_task(task, data_dir=data_dir, seed=DATA_SEED), task_named(task)
+    found = model_named(model)
     tokenizer = found.tokenizer(weights)
 
-    def encoded(split, count: int, seed: int) -> data.Encoded:
+    def encoded(split, count: int, seed: int) -> Encoded:
         examples = (split[i] for i in subset(len(split), count, seed))
         if found.text_to_text:
             examples = (PROMPTS[task].example(spec, example) for example in examples)
-        return data.encode(examples, tokenizer, max_length, num_labels=len(spec.labels))
+        return encode(examples, tokenizer, max_length, num_labels=len(spec.labels))
 
     return Data(
         encoded(splits.train, train_examples, seed),
@@ -97,35 +92,29 @@ def lengths(run: RunConfig, tokens: np.ndarray) -> tuple[int, ...]:
     return min(((*chosen, run.max_length) for chosen in choices), key=cost)
 
 
-def build(run: RunConfig, loaded: Data, devices: Devices = ONE) -> tuple[train.Setup, nnx.State]:
+def build(run: RunConfig, loaded: Data, devices: Devices = ONE) -> tuple[Setup, nnx.State]:
     """The run's setup and initial trainable parameters, all from its configuration."""
     with devices.loading():
         rngs = nnx.Rngs(run.seed)
-        model = models.get(run.model).load(
-            data.get(run.task),
+        model = model_named(run.model).load(
+            task_named(run.task),
             run.weights,
             rngs=rngs,
             dropout=run.dropout,
             dtype=jnp.dtype(run.dtype),
             remat=run.remat,
         )
-        graph, params, frozen = methods.split(model, run, rngs)
-    buckets = lengths(run, loaded.train.lengths)
-    cut = {
-        "buckets": buckets,
-        "process_index": jax.process_index(),
-        "process_count": jax.process_count(),
-    }
-    batches = data.train_batches(
-        loaded.train, run.batch_size, seed=run.seed, epochs=run.epochs, **cut
-    )
+        graph, params, frozen = split(model, run, rngs)
+    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    share |= {"buckets": lengths(run, loaded.train.lengths)}
+    batches = train_batches(loaded.train, run.batch_size, seed=run.seed, epochs=run.epochs, **share)
     eval_batch = -(-EVAL_BATCH // devices.count) * devices.count  # every device has as many rows
-    setup = train.Setup(
-        programs=programs.of(run, len(batches), graph, devices),
-        varied=devices.replicate(programs.varied(run)),
+    setup = Setup(
+        programs=programs_of(run, len(batches), graph, devices),
+        varied=devices.replicate(varied_of(run)),
         frozen=devices.place(frozen),
         batches=batches,
-        evaluation=data.eval_batches(loaded.validation, eval_batch, **cut),
+        evaluation=eval_batches(loaded.validation, eval_batch, **share),
         epochs=run.epochs,
         devices=devices,
     )

@@ -15,9 +15,9 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments.finetune import methods
 from experiments.finetune.config import RunConfig
 from experiments.finetune.devices import Devices
+from experiments.finetune.methods import Peaks, diagnosis_of, optimizer, peaks_of
 
 KEPT = 2  # methods whose programs are held: a command goes through its methods one by one
 
@@ -25,13 +25,13 @@ KEPT = 2  # methods whose programs are held: a command goes through its methods 
 class Varied(NamedTuple):
     """What runs may differ in and still share their programs."""
 
-    peaks: methods.Peaks
+    peaks: Peaks
     key: Any  # uint32 words of the run's random key; a step folds its number in
 
 
-def varied(run: RunConfig) -> Varied:
+def varied_of(run: RunConfig) -> Varied:
     """The run's own, as arrays of the types that every run has."""
-    peaks = methods.Peaks(*map(np.float32, methods.peaks(run)))
+    peaks = Peaks(*map(np.float32, peaks_of(run)))
     return Varied(peaks, np.asarray(jax.random.key_data(jax.random.key(run.seed))))
 
 
@@ -123,7 +123,7 @@ class Programs:
 
     def __init__(self, run: RunConfig, steps: int, graph: nnx.GraphDef, devices: Devices):
         self.run, self.steps, self.graph, self.devices = run, steps, graph, devices
-        replicated, measure = devices.replicated, methods.diagnosis(run)
+        replicated, measure = devices.replicated, diagnosis_of(run)
 
         def step(params, *rest):
             loss, grads, updates, opt_state = self._update(params, *rest)
@@ -150,18 +150,18 @@ class Programs:
 
     def init(self, params) -> Any:
         """The optimizer's first state, the same for all rates."""
-        return self.devices.init(self._optimizer(methods.peaks(self.run)), params)
+        return self.devices.init(self._optimizer(peaks_of(self.run)), params)
 
     def _placed(self, params, opt_state) -> tuple:
         """Both, held to where they lie before the step."""
         if self.devices.mesh is None:
             return params, opt_state
-        tx = self._optimizer(methods.peaks(self.run))
+        tx = self._optimizer(peaks_of(self.run))
         where = self.devices.shardings(params), self.devices.state_shardings(tx, params)
         return jax.lax.with_sharding_constraint((params, opt_state), where)
 
-    def _optimizer(self, peaks: methods.Peaks) -> optax.GradientTransformation:
-        return methods.optimizer(self.run, self.steps, peaks)
+    def _optimizer(self, peaks: Peaks) -> optax.GradientTransformation:
+        return optimizer(self.run, self.steps, peaks)
 
     def _update(self, params, opt_state, frozen, batch, number, varied: Varied) -> tuple:
         args = params, self.graph, frozen, batch, number, varied.key
@@ -174,14 +174,14 @@ class Programs:
         return loss, grads, updates, opt_state
 
 
-def of(run: RunConfig, steps: int, graph: nnx.GraphDef, devices: Devices) -> Programs:
+def programs_of(run: RunConfig, steps: int, graph: nnx.GraphDef, devices: Devices) -> Programs:
     """The run's programs: those of an earlier run that it shares them with, or new ones."""
-    return _of(run.shared, steps, graph, devices)
+    return _kept(run.shared, steps, graph, devices)
 
 
-_of = functools.lru_cache(maxsize=KEPT)(Programs)
+_kept = functools.lru_cache(maxsize=KEPT)(Programs)
 
 
 def clear() -> None:
     """Lets go of all programs, so that the next run compiles its own."""
-    _of.cache_clear()
+    _kept.cache_clear()

@@ -20,9 +20,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from experiments.finetune import evaluate
 from experiments.finetune.checkpoint import Checkpoints
 from experiments.finetune.devices import ONE, Devices
+from experiments.finetune.evaluate import metrics, predict
 from experiments.finetune.programs import Compiled, Metrics, Programs, Varied
 
 AHEAD = 2  # steps dispatched before the oldest loss is read
@@ -259,12 +259,12 @@ class _Loop:
         """Measures the validation split."""
         self.read(0)
         with self.clock.on("evaluate"):
-            logits, labels = evaluate.predict(
+            logits, labels = predict(
                 lambda batch: self.logits(params, batch),
                 map(self.setup.devices.shard, self.setup.evaluation),
                 self.setup.devices.gather,
             )
-            scores = evaluate.metrics(logits, labels)
+            scores = metrics(logits, labels)
         self.history.add_evaluation(done, scores, len(self.setup.batches))
         self.observe(self.history)
 

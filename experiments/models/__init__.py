@@ -7,8 +7,8 @@ import tokenizers
 from flax import nnx
 
 from experiments.checks import one_of
-from experiments.data import Task
 from experiments.data.prompts import PROMPTS
+from experiments.data.task import Task
 from experiments.models import minilm, t5, t5_files, t5_tiny, tiny
 from experiments.models.bert import BertClassifier, BertConfig, BertEncoder
 from experiments.models.t5_classifier import T5Classifier, answers_of

@@ -11,6 +11,7 @@ fits, the compiler's own estimate of its cycles, and the bytes sent to other chi
 
 import dataclasses
 import json
+import math
 import pathlib
 import re
 import sys
@@ -22,9 +23,9 @@ import rich.console
 import tyro
 from jax.sharding import Mesh
 
-from experiments.checks import one_of
+from experiments.checks import at_least, one_of
 from experiments.pod.costs import cost
-from experiments.pod.slice import check, chips_of, make_mesh, memory, mesh_of
+from experiments.pod.slice import chips_of, memory, mesh_of, sizes_of
 from experiments.pod.step import MODES, Step, bytes_per_chip, make, make_update
 from experiments.pod.tables import tables
 from experiments.pod.workloads import MODELS, Workload
@@ -38,7 +39,7 @@ class Settings:
     topology: str = "v5e:16x16"
     """Generation and shape of the slice: v5e:4x4, v5e:16x16, v6e:8x8, v5p:4x4x4, v4:2x2x4."""
     model: str = "llama3-8b"
-    """llama3-8b, t5-base or t5-3b (synthetic, of their shapes), minilm, or tiny (for tests)."""
+    """llama3-8b, t5-base or t5-3b (synthetic, of their shapes), or tiny (for tests)."""
     mode: str = "factored,full,lorapro-adamw,lora"
     """Any of factored, full, lorapro-adamw (the projection, then optax's AdamW) and lora (AdamW on
     the factors), with commas between."""
@@ -46,13 +47,13 @@ class Settings:
     """FSDPxTENSOR, such as 64x4; None: all chips along fsdp."""
     batch: int | None = None
     """Rows of a step over the whole slice; None: for each chip along fsdp 1 (llama3-8b), 8 (t5-3b)
-    or 32 (t5-base, minilm)."""
+    or 32 (t5-base)."""
     length: int | None = None
-    """Tokens of a row; None: 2048 (llama3-8b), 512 (t5-3b), 128 (t5-base, minilm)."""
+    """Tokens of a row; None: 2048 (llama3-8b), 512 (t5-3b), 128 (t5-base)."""
     rank: int | None = None
     """Rank of the adapters, on every linear layer; None: 8, the paper's, for a T5, else 16."""
     whole: bool = False
-    """Every chip holds all parameters, and fsdp shares the batch only; minilm is always so."""
+    """Every chip holds all parameters, and fsdp shares the batch only."""
     update_only: bool = False
     """Compile the updates alone: seconds instead of minutes."""
     results: pathlib.Path = pathlib.Path("experiments/results/pod.jsonl")
@@ -84,11 +85,11 @@ def compare(settings: Settings, console: rich.console.Console) -> list[dict[str,
     rows: list[dict[str, Any]] = []
     for mode in modes:
         with console.status(f"compiling {mode} for {settings.topology}"):
-            row = {"bench": "pod", "variant": mode} | about | {"config": config}
-            row |= {"update": measure(work, mode, mesh, make_update)}
+            row = {"bench": "pod", "variant": mode, **about, "config": config}
+            row["update"] = measure(make_update(work, mode, mesh), mesh)
             if not settings.update_only:
-                row |= measure(work, mode, mesh, make)
-                row |= {"fits": row.get("total_bytes", float("inf")) <= memory(settings.topology)}
+                row |= measure(make(work, mode, mesh), mesh)
+                row["fits"] = row.get("total_bytes", math.inf) <= memory(settings.topology)
         rows.append(row)
         settings.results.parent.mkdir(parents=True, exist_ok=True)
         with settings.results.open("a") as file:
@@ -100,41 +101,34 @@ def planned(settings: Settings) -> tuple[Workload, Mesh, dict[str, Any]]:
     """The model, the slice, and the sizes that were chosen or left to the model."""
     model = MODELS[one_of("model", settings.model, MODELS)]
     chips = chips_of(settings.topology)
-    fsdp, tensor = mesh_of(settings.mesh, chips)
-    batch = model.rows * fsdp if settings.batch is None else settings.batch
-    length = model.length if settings.length is None else settings.length
-    rank = model.rank if settings.rank is None else settings.rank
-    check(batch, length, rank, fsdp)
-    mesh = make_mesh(settings.topology, fsdp, tensor)
-    work = model.build(batch, length, rank)
-    work = work._replace(sharded=work.sharded and not settings.whole)
-    about = {"chips": chips, "fsdp": fsdp, "tensor": tensor, "batch": batch, "length": length}
-    return work, mesh, about | {"rank": rank, "sharded": work.sharded}
+    fsdp, tensor = sizes_of(settings.mesh, chips)
+    given = {"batch": model.rows * fsdp, "length": model.length, "rank": model.rank}
+    given |= {name: x for name in given if (x := getattr(settings, name)) is not None}
+    for name, least in (("batch", 1), ("length", 2), ("rank", 1)):
+        at_least(f"--{name}", given[name], least)
+    if given["batch"] % fsdp:
+        raise ValueError(
+            f"--batch {given['batch']} rows cannot be shared by {fsdp} chips along fsdp; "
+            f"take a multiple of {fsdp}, or a smaller fsdp in --mesh"
+        )
+    mesh = mesh_of(settings.topology, (fsdp, tensor))
+    work = model.build(*given.values())._replace(sharded=not settings.whole)
+    return work, mesh, given | {"chips": chips, "fsdp": fsdp, "tensor": tensor}
 
 
-def measure(work: Workload, mode: str, mesh: Mesh, made_by) -> dict[str, Any]:
-    """What one chip holds and does in what `make` or `make_update` makes of `mode`."""
+def measure(step: Step, mesh: Mesh) -> dict[str, Any]:
+    """What one chip holds and does in a step or an update."""
+    names = "trained_bytes", "state_bytes", "frozen_bytes"
+    held = dict(zip(names, map(bytes_per_chip, step.args), strict=False))
     start = time.perf_counter()
-    with jax.set_mesh(mesh):
-        step: Step = made_by(work, mode, mesh)
-        lowered = step.jitted.lower(*step.args)
-    trained, state, others = (*map(bytes_per_chip, step.args[:2]), step.args[2])
-    held = {"trained_bytes": trained, "state_bytes": state, "frozen_bytes": bytes_per_chip(others)}
-    middle = time.perf_counter()
     try:
-        compiled = lowered.compile()
+        with jax.set_mesh(mesh):
+            compiled = step.jitted.lower(*step.args).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return held | {"compiler_says": _out_of_memory(str(error))}
-    return (
-        held
-        | figures(compiled)
-        | {
-            "trace_s": middle - start,
-            "compile_s": time.perf_counter() - middle,
-        }
-    )
+    return held | figures(compiled) | {"compile_s": time.perf_counter() - start}
 
 
 def _out_of_memory(message: str) -> str:

@@ -1,5 +1,6 @@
 """A slice of TPUs that need not exist: from a name like v5e:16x16 to its chips and their mesh."""
 
+import math
 import os
 import re
 from typing import Any
@@ -12,7 +13,6 @@ from jax.sharding import Mesh
 from experiments.checks import one_of
 
 LIBTPU = "pip install libtpu==0.0.42.1"
-GIB = 2**30
 # generation -> (name in TPU_ACCELERATOR_TYPE, cores a chip that it counts, GiB of memory a chip)
 GENERATIONS = {
     "v4": ("v4", 2, 32),
@@ -31,11 +31,16 @@ def chips_of(topology: str) -> int:
             f"--topology {topology!r} has no shape such as 4x4; write GENERATION:SHAPE, "
             "as in v5e:4x4, v5e:16x16 or v5p:4x4x4"
         )
-    return int(np.prod([int(n) for n in shape.split("x")]))
+    return math.prod(map(int, shape.split("x")))
 
 
-def mesh_of(mesh: str | None, chips: int) -> tuple[int, int]:
-    """(fsdp, tensor) sizes."""
+def mesh_of(topology: str, sizes: tuple[int, int]) -> Mesh:
+    """The chips of the slice along the axes "fsdp" and "tensor"."""
+    return Mesh(np.array(devices(topology)).reshape(sizes), ("fsdp", "tensor"))
+
+
+def sizes_of(mesh: str | None, chips: int) -> tuple[int, int]:
+    """The sizes of "fsdp" and "tensor" that --mesh asks for."""
     if mesh is None:
         return chips, 1
     if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", mesh):
@@ -49,37 +54,14 @@ def mesh_of(mesh: str | None, chips: int) -> tuple[int, int]:
     return fsdp, tensor
 
 
-def make_mesh(topology: str, fsdp: int, tensor: int) -> Mesh:
-    """The chips of the slice along the axes "fsdp" and "tensor"."""
-    return Mesh(np.array(devices(topology)).reshape(fsdp, tensor), ("fsdp", "tensor"))
-
-
-def check(batch: int, length: int, rank: int, fsdp: int) -> None:
-    """Raises ValueError for sizes that no step can have."""
-    for flag, value, least in (("--batch", batch, 1), ("--length", length, 2), ("--rank", rank, 1)):
-        if value < least:
-            raise ValueError(f"{flag} must be at least {least}, not {value}")
-    if batch % fsdp:
-        raise ValueError(
-            f"--batch {batch} rows cannot be shared by {fsdp} chips along fsdp; "
-            f"take a multiple of {fsdp}, or a smaller fsdp in --mesh"
-        )
-
-
 def memory(topology: str) -> int:
     """Bytes of main memory of a chip."""
-    return GENERATIONS[topology.partition(":")[0]][2] * GIB
+    return GENERATIONS[topology.partition(":")[0]][2] * 2**30
 
 
 def devices(topology: str) -> list[Any]:
-    """The devices of a slice that need not exist.
-
-    Raises:
-      OSError: libtpu is missing.
-      ValueError: libtpu does not know the topology.
-    """
-    generation = topology.partition(":")[0]
-    name, cores, _ = GENERATIONS[generation]
+    """The devices of a slice; an OSError without libtpu, a ValueError if it has no such slice."""
+    name, cores, _ = GENERATIONS[topology.partition(":")[0]]
     # libtpu reads these when it is loaded: which slice this host belongs to (one that it would
     # else ask the cloud's metadata server for), and where the other hosts are.
     os.environ.update(

@@ -13,13 +13,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import lorapro_jax as lp
-from experiments.pod.workloads import HEAD, Tree, Workload
+from experiments.pod.workloads import SCALE, Tree, Workload
 
 # LoRA-Pro in its modes, its projection before optax's AdamW, and AdamW on the factors.
 MODES = ("factored", "full", "lorapro-adamw", "lora")
@@ -35,15 +34,13 @@ class Step(NamedTuple):
 
 
 def optimizer(mode: str, work: Workload, rate: float = 1e-4) -> optax.GradientTransformation:
-    """Clipping by global norm, then the rule of `mode`; AdamW for a head."""
+    """Clipping by global norm, then the rule of `mode`."""
     if mode == "lora":
         tx = optax.adamw(rate)
     elif mode == "lorapro-adamw":
-        tx = optax.chain(lp.lorapro(work.scale, layout=work.layout), optax.adamw(rate))
+        tx = optax.chain(lp.lorapro(SCALE, layout=work.layout), optax.adamw(rate))
     else:
-        tx = lp.lorapro_adamw(rate, work.scale, mode=mode, layout=work.layout)
-    if work.head:
-        tx = lp.freeze_base(tx, extra={HEAD: optax.adamw(rate)}, layout=work.layout)
+        tx = lp.lorapro_adamw(rate, SCALE, mode=mode, layout=work.layout)
     return optax.chain(optax.clip_by_global_norm(1.0), tx)
 
 
@@ -79,22 +76,13 @@ def _spread(axis: str) -> tuple[str, ...]:
     return (axis,) if axis == "fsdp" else (axis, "fsdp")
 
 
-def placed(tree: Tree, mesh: Mesh, spec: Callable[[str, tuple[int, ...]], PartitionSpec]) -> Tree:
-    """The abstract tree with `spec(path, shape)` as the sharding of every leaf."""
+def _placed(tree: Tree, shardings: Tree) -> Tree:
+    """The abstract tree with these shardings."""
 
-    def one(path, leaf):
-        where = NamedSharding(mesh, spec(path_of(path), leaf.shape))
+    def one(leaf, where):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
-    return jax.tree_util.tree_map_with_path(one, tree)
-
-
-def _like(tree: Tree, shardings: Tree) -> Tree:
-    return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        tree,
-        shardings,
-    )
+    return jax.tree.map(one, tree, shardings)
 
 
 def make(
@@ -106,60 +94,64 @@ def make(
     """
     tx = optimizer(mode, work) if tx is None else tx
 
+    def lying(tree: Tree, spec: Callable[[str, tuple[int, ...]], PartitionSpec]) -> Tree:
+        shardings = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: NamedSharding(mesh, spec(path_of(path), leaf.shape)), tree
+        )
+        return _placed(tree, shardings)
+
     def parameter(path, shape):
         return spec_of(path, shape, mesh) if work.sharded else PartitionSpec()
-
-    trainable = placed(work.trainable, mesh, parameter)
-    shapes = {
-        path_of(path): leaf.shape
-        for path, leaf in jax.tree_util.tree_flatten_with_path(trainable)[0]
-    }
 
     def kernel(pair):
         rows, columns = shapes[f"{pair}/lora_a"][:-1], shapes[f"{pair}/lora_b"][-1]
         return parameter(f"{pair}/kernel", (*rows, columns))
 
+    def step(trainable, state, frozen, batch):
+        def loss(trainable):
+            return work.loss(nnx.merge(work.graph, trainable, frozen), batch)
+
+        value, gradients = jax.value_and_grad(loss)(trainable)
+        return *_updated(tx, gradients, state, trainable), value
+
+    trainable = lying(work.trainable, parameter)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(trainable)
+    shapes = {path_of(path): leaf.shape for path, leaf in leaves}
+    states = lp.state_shardings(tx, trainable, kernels=kernel, layout=work.layout)
     args = (
         trainable,
-        _like(
-            jax.eval_shape(tx.init, work.trainable),
-            lp.state_shardings(tx, trainable, kernels=kernel, layout=work.layout),
-        ),
-        placed(work.frozen, mesh, parameter),
-        placed(work.batch, mesh, lambda _, shape: PartitionSpec("fsdp")),
+        _placed(jax.eval_shape(tx.init, work.trainable), states),
+        lying(work.frozen, parameter),
+        lying(work.batch, lambda _, shape: PartitionSpec("fsdp")),
     )
-
-    def loss(trainable, frozen, batch):
-        return work.loss(nnx.merge(work.graph, trainable, frozen), batch)
-
-    def step(trainable, state, frozen, batch):
-        value, gradients = jax.value_and_grad(loss)(trainable, frozen, batch)
-        updates, state = tx.update(gradients, state, trainable)
-        return optax.apply_updates(trainable, updates), state, value
-
-    kept = [jax.tree.map(lambda leaf: leaf.sharding, tree) for tree in args[:2]]
-    replicated = NamedSharding(mesh, PartitionSpec())
-    jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=(*kept, replicated))
-    return Step(jitted, args)
+    return _jitted(step, args, NamedSharding(mesh, PartitionSpec()))
 
 
 def make_update(work: Workload, mode: str, mesh: Any) -> Step:
     """The update alone, given the gradients: clipping, the rule of `mode`, new parameters."""
-    whole, tx = make(work, mode, mesh), optimizer(mode, work)
-    trainable, state, _, _ = whole.args
+    tx = optimizer(mode, work)
+    trainable, state, _, _ = make(work, mode, mesh).args
 
     def update(trainable, state, gradients):
-        updates, state = tx.update(gradients, state, trainable)
-        return optax.apply_updates(trainable, updates), state
+        return _updated(tx, gradients, state, trainable)
 
-    kept = tuple(jax.tree.map(lambda leaf: leaf.sharding, tree) for tree in (trainable, state))
-    jitted = jax.jit(update, donate_argnums=(0, 1), out_shardings=kept)
-    return Step(jitted, (trainable, state, trainable))
+    return _jitted(update, (trainable, state, trainable))
+
+
+def _updated(tx: optax.GradientTransformation, gradients, state, trainable) -> tuple:
+    updates, state = tx.update(gradients, state, trainable)
+    return optax.apply_updates(trainable, updates), state
+
+
+def _jitted(step: Callable, args: tuple[Tree, ...], *others: NamedSharding) -> Step:
+    """With donated parameters and state, which stay where they are, as do `others`."""
+    kept = [jax.tree.map(lambda leaf: leaf.sharding, tree) for tree in args[:2]]
+    return Step(jax.jit(step, donate_argnums=(0, 1), out_shardings=(*kept, *others)), args)
 
 
 def bytes_per_chip(tree: Tree) -> int:
     """Bytes of the leaves' shards."""
     return sum(
-        jnp.dtype(leaf.dtype).itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
+        leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
         for leaf in jax.tree.leaves(tree)
     )

@@ -7,10 +7,10 @@ R runs are as many, and fill it. Everything of a run has an axis for the runs in
     frozen                         once if it is equal in all runs (a pretrained base), or (R, ...)
     batches of K steps             (K, S, B, T) of S seeds: runs of one seed read the same
 
-The steps are those of `experiments.programs`, and what they measure is what `experiments.train`
-measures, up to rounding: a batch is padded to the longest that a seed has at that step, and the
-padding is masked. Only dropout is drawn anew, if that made a batch longer. K steps at most are sent
-to the device at once, as a loop of those that are equally long. The first device does all of it.
+The steps are those of `experiments.finetune.programs`, and what they measure is what
+`experiments.finetune.train` measures, up to rounding: a batch is padded to the longest that a seed
+has at that step, and the padding is masked. Only dropout is drawn anew, if that made a batch
+longer. K steps at most are sent to the device at once, as a loop of those that are equally long.
 
 A run that diverges goes on as NaNs, which its neighbours do not see; its record ends there.
 """
@@ -26,10 +26,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments.finetune import evaluate, programs
 from experiments.finetune.config import RunConfig
 from experiments.finetune.devices import ONE
-from experiments.finetune.programs import Compiled, Metrics, Varied
+from experiments.finetune.evaluate import metrics, predict
+from experiments.finetune.programs import Compiled, Metrics, Programs, Varied, varied_of
 from experiments.finetune.train import AHEAD, Clock, DivergedError, History, Setup
 
 STEPS = 16  # sent at once, at most: of 30 ms each, half a second for the host to make the next
@@ -45,7 +45,7 @@ class Frozen(NamedTuple):
 class Group(NamedTuple):
     """What the loop needs of runs that are trained together."""
 
-    programs: "Programs"
+    programs: "Vmapped"
     setups: list[Setup]  # of every seed, without what is frozen
     of_run: np.ndarray  # (R,) the place of a run's seed among the setups
     frozen: Frozen
@@ -59,7 +59,7 @@ class Outcome(NamedTuple):
     diverged: DivergedError | None
 
 
-class Programs:
+class Vmapped:
     """The programs of one method for a number of runs.
 
     steps(params, opt_state, frozen, batches, of_run, first, count, varied)
@@ -67,7 +67,7 @@ class Programs:
     logits(params, frozen, batch) -> (B, R, C)
     """
 
-    def __init__(self, single: programs.Programs, structure: Any):
+    def __init__(self, single: Programs, structure: Any):
         axes = Frozen(None, 0)  # type: ignore[arg-type]
 
         def whole(frozen: Frozen) -> nnx.State:
@@ -106,27 +106,27 @@ def _repeated(step: Callable) -> Callable:
 
 
 @functools.lru_cache(maxsize=1)
-def _programs(single: programs.Programs, structure, *shape) -> Programs:
+def _vmapped(single: Programs, structure, *shape) -> Vmapped:
     """Those of the group before, if it was of the same method and `shape`."""
     del shape
-    return Programs(single, structure)
+    return Vmapped(single, structure)
 
 
 def join(
     runs: Sequence[RunConfig], seeds: Sequence[int], built: Sequence[tuple[Setup, nnx.State]]
 ) -> tuple[Group, nnx.State]:
-    """The runs' group and initial parameters (R, ...), from what `prepare.build` made of a seed."""
+    """The runs' group and initial parameters (R, ...), from what `build` made of each seed."""
     setups, params = zip(*built, strict=True)
     of_run = np.array([seeds.index(run.seed) for run in runs], np.int32)
     frozen = _frozen([setup.frozen for setup in setups], of_run)
     structure = jax.tree.structure(setups[0].frozen)
     shape = len(runs), len(seeds), tuple(frozen.own)
     group = Group(
-        _programs(setups[0].programs, structure, *shape),
+        _vmapped(setups[0].programs, structure, *shape),
         [setup._replace(frozen=None) for setup in setups],
         of_run,
         frozen,
-        jax.tree.map(lambda *x: np.stack(x), *map(programs.varied, runs)),
+        jax.tree.map(lambda *x: np.stack(x), *map(varied_of, runs)),
     )
     return group, jax.tree.map(lambda *leaves: _by_run(leaves, of_run), *params)
 
@@ -145,31 +145,19 @@ def _by_run(leaves: Sequence[jax.Array], of_run: np.ndarray) -> jax.Array:
     return jnp.stack([leaves[place] for place in of_run])
 
 
-def train(
-    group: Group,
-    params: nnx.State,
-    *,
-    steps_at_once: int | None = None,
-    observe: Callable[[History], None] = lambda history: None,
-) -> list[Outcome]:
+def train(group: Group, params: nnx.State, observe: Callable[[History], None]) -> list[Outcome]:
     """Trains all runs to their end, with an evaluation after every epoch.
 
     Args:
         group: the runs.
         params: their initial parameters (R, ...); donated.
-        steps_at_once: K; None: `STEPS`.
         observe: is called whenever something has been measured, with the history of the first run
             that has not diverged.
-
-    Returns:
-        What became of each run, in order.
     """
-    room = steps_at_once or STEPS
     opt_state = jax.block_until_ready(group.programs.init(params))
     loop = _Loop(group, observe)
-    for first, stretch in _stretches(group.setups, room):
-        batches = _stacked(stretch, room)
-        params, opt_state = loop.dispatch(params, opt_state, batches, first, len(stretch))
+    for first, stretch in _stretches(group.setups, STEPS):
+        params, opt_state = loop.dispatch(params, opt_state, stretch, first)
         if (done := first + len(stretch)) % loop.per_epoch == 0:
             loop.evaluate(params, done)
     return loop.outcomes()
@@ -191,20 +179,20 @@ def _stretches(setups: Sequence[Setup], most: int) -> Iterator[tuple[int, list[l
 
 
 def _length(step: Sequence[dict[str, np.ndarray]]) -> int:
-    return max(batch["tokens"].shape[1] for batch in step)
+    return max(batch["tokens"].shape[-1] for batch in step)
 
 
 def _stacked(stretch: list[list[dict]], room: int) -> dict[str, np.ndarray]:
     """The batches of a stretch as arrays (K, S, B) or (K, S, B, T); what they leave is masked."""
-    length, made = _length(stretch[0]), {}
+    length, stacked = _length(stretch[0]), {}
     for name, x in stretch[0][0].items():
-        own = (len(x), length) if x.ndim == 2 else x.shape
-        made[name] = np.zeros((room, len(stretch[0]), *own), x.dtype)
+        shape = (len(x), length) if x.ndim == 2 else x.shape
+        stacked[name] = np.zeros((room, len(stretch[0]), *shape), x.dtype)
     for i, step in enumerate(stretch):
         for seed, batch in enumerate(step):
             for name, x in batch.items():
-                made[name][(i, seed, *map(slice, x.shape))] = x
-    return made
+                stacked[name][(i, seed, *map(slice, x.shape))] = x
+    return stacked
 
 
 class _Loop:
@@ -228,73 +216,61 @@ class _Loop:
                 compiled.compile(length, args)
         return compiled[length]
 
-    def dispatch(self, params, opt_state, batches, first: int, count: int) -> tuple:
+    def dispatch(self, params, opt_state, stretch: list[list[dict]], first: int) -> tuple:
         """Dispatches a stretch of steps and reads the losses that are due."""
-        group, numbers, length = self.group, map(np.int32, (first, count)), _width(batches)
+        group, steps, length = self.group, self.group.programs.steps, _length(stretch[0])
+        numbers = np.int32(first), np.int32(len(stretch))
+        batches = _stacked(stretch, STEPS)
         args = (params, opt_state, group.frozen, batches, group.of_run, *numbers, group.varied)
-        program = self.program(group.programs.steps, length, args)
-        self.memory = max(self.memory, group.programs.steps.memory_bytes(length))
-        params, opt_state, metrics = program(*args)
-        self.pending.append((count, metrics))
+        params, opt_state, measured = self.program(steps, length, args)(*args)
+        self.memory = max(self.memory, steps.memory_bytes(length))
+        self.pending.append((len(stretch), measured))
         self.read(AHEAD)
         return params, opt_state
 
     def read(self, leave: int) -> None:
         """Reads the losses of all but the last `leave` stretches."""
         while len(self.pending) > leave:
-            count, metrics = self.pending.popleft()
-            measured = np.asarray(metrics.loss), np.asarray(metrics.gradient_norm)
+            count, measured = self.pending.popleft()
+            losses_KR, norms_KR = (np.asarray(x)[:count].tolist() for x in measured)
             self.clock.tick()
-            for losses_R, norms_R in zip(*(x[:count].tolist() for x in measured), strict=True):
+            for losses_R, norms_R in zip(losses_KR, norms_KR, strict=True):
                 self.record(lambda n, h: h.add_step(losses_R[n], norms_R[n], self.total))  # noqa: B023
 
     def record(self, add: Callable[[int, History], None]) -> None:
         """Lets `add` (a run's number, its history) of every run; it ends a run if it diverged."""
         for number, history in enumerate(self.histories):
-            if number in self.diverged:
-                continue
-            try:
-                add(number, history)
-            except DivergedError as error:
-                self.diverged[number] = error
+            if number not in self.diverged:
                 self.close(history)
-        shown = next((n for n in range(len(self.histories)) if n not in self.diverged), None)
-        if shown is not None:
-            self.histories[shown].seconds = dict(self.clock.seconds)
-            self.observe(self.histories[shown])
+                try:
+                    add(number, history)
+                except DivergedError as error:
+                    self.diverged[number] = error
+        if left := [h for n, h in enumerate(self.histories) if n not in self.diverged]:
+            self.observe(left[0])
 
     def evaluate(self, params, done: int) -> None:
         """Measures the validation split, the same for every run."""
         self.read(0)
+
+        def logits(batch) -> jax.Array:
+            args = (params, self.group.frozen, batch)
+            return self.program(self.group.programs.logits, _length([batch]), args)(*args)
+
         with self.clock.on("evaluate"):
-            logits, labels = evaluate.predict(
-                lambda batch: self.logits(params, batch), self.group.setups[0].evaluation
-            )
-            scores = {
-                number: evaluate.metrics(logits[:, number], labels)
-                for number in range(len(self.histories))
-                if number not in self.diverged
-            }
+            logits_NRC, labels = predict(logits, self.group.setups[0].evaluation)
+            scores = [
+                metrics(logits_NRC[:, n], labels) if n not in self.diverged else {}
+                for n in range(len(self.histories))
+            ]
         self.record(lambda n, history: history.add_evaluation(done, scores[n], self.total))
 
-    def logits(self, params, batch) -> jax.Array:
-        """Dispatches the evaluation of one batch."""
-        args = (params, self.group.frozen, batch)
-        return self.program(self.group.programs.logits, _width(batch), args)(*args)
-
     def close(self, history: History) -> None:
-        """Notes what all runs have taken by the end of this one."""
+        """Notes what all runs have taken so far, and so by the end of this one."""
         history.seconds = dict(self.clock.seconds)
         history.step_memory_bytes = self.memory
 
     def outcomes(self) -> list[Outcome]:
         """What became of each run."""
         self.read(0)
-        for number, history in enumerate(self.histories):
-            if number not in self.diverged:
-                self.close(history)
         return [Outcome(h, self.diverged.get(number)) for number, h in enumerate(self.histories)]
-
-
-def _width(batch: dict[str, np.ndarray]) -> int:
-    return batch["tokens"].shape[-1]
