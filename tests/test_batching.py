@@ -142,11 +142,9 @@ def test_grouping_by_length_saves_more_than_half_of_the_padding():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
-        ({"epochs": 0}, "epochs is 0"),
-        ({"process_count": 3}, "batch_size 32 cannot be shared by 3 processes"),
-        ({"process_count": 2, "process_index": 2}, r"process_index 2 is not in 0\.\.1"),
-        ({"buckets": (9, 4, 20)}, "must be ascending"),
+        ({"batch_size": 0}, "batch_size must be a finite number of at least 1, not 0"),
+        ({"epochs": 0}, "epochs must be"),
+        ({"process_count": 3}, "process_count 3 does not divide batch_size, 32"),
         ({"buckets": (4, 9)}, r"a row has 20 tokens, the longest bucket holds 9; encode with"),
     ],
 )

@@ -8,6 +8,7 @@ and nothing here does anything.
 
 import contextlib
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -50,11 +51,7 @@ class Devices:
         return jax.default_device(jax.local_devices(backend="cpu")[0])
 
     def shardings(self, params: Any) -> Any:
-        """How parameters lie: each cut over "fsdp" along its longest axis that allows it.
-
-        The rank of a factor is never cut.
-        """
-        assert self.mesh is not None
+        """How parameters lie: each cut over "fsdp" along its longest axis that allows it."""
 
         def one(path, leaf) -> NamedSharding:
             axis = _axis_to_cut(path, leaf.shape, self.mesh.shape["fsdp"])
@@ -105,7 +102,7 @@ ONE = Devices()
 
 def _axis_to_cut(path: tuple, shape: tuple[int, ...], parts: int) -> int | None:
     """The longest axis that `parts` divides and that is no rank; None: the array stays whole."""
-    if parts == 1 or len(shape) < 2 or np.prod(shape) < SMALLEST:
+    if parts == 1 or len(shape) < 2 or math.prod(shape) < SMALLEST:
         return None
     leaf = jax.tree_util.keystr(path[-1:], simple=True)
     rank = {"lora_a": len(shape) - 1, "lora_b": 0}.get(leaf)
@@ -114,14 +111,11 @@ def _axis_to_cut(path: tuple, shape: tuple[int, ...], parts: int) -> int | None:
 
 
 def devices_of(command: Command) -> Devices:
-    """The devices that the command asks for: the same number of every process.
-
-    Raises:
-        ValueError: there are fewer, or they cannot share the batch or the parameters.
-    """
-    wanted, there = command.devices, jax.local_device_count()
-    if wanted is None:
-        wanted = there if command.distributed else 1
+    """The devices that the command asks for, the same number of every process; or a ValueError."""
+    there = jax.local_device_count()
+    wanted = command.devices or (there if command.distributed else 1)
+    count = wanted * jax.process_count()
+    shares = count * command.accumulate
     if wanted > there:
         raise ValueError(
             f"--devices {wanted}, but this process has {there} of {jax.default_backend()}; ask for "
@@ -132,20 +126,18 @@ def devices_of(command: Command) -> Devices:
             f"--devices {wanted}, but this process has {there}; a distributed run takes all: leave "
             "--devices out, or hide devices from the process"
         )
-    # In the order of their processes, for a process's share of the rows is that of its rank.
-    chosen = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
-    count = wanted * jax.process_count()
     if count % command.fsdp:
         raise ValueError(
             f"--fsdp {command.fsdp} does not divide the {count} devices of this run; choose a "
             "divisor, or other --devices"
         )
-    if command.batch_size % (count * command.accumulate):
-        parts = f" in {command.accumulate} parts (--accumulate)" if command.accumulate > 1 else ""
+    if command.batch_size % shares:
         raise ValueError(
-            f"--batch-size {command.batch_size} cannot be shared by {count} devices{parts}; make "
-            f"it a multiple of {count * command.accumulate}"
+            f"--batch-size {command.batch_size} cannot be shared by {count} devices in "
+            f"{command.accumulate} parts (--accumulate); make it a multiple of {shares}"
         )
     if count == 1:
         return ONE
-    return Devices(Mesh(np.array(chosen[:count]).reshape(-1, command.fsdp), AXES))
+    # In the order of their processes, for a process's share of the rows is that of its rank.
+    chosen = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))[:count]
+    return Devices(Mesh(np.array(chosen).reshape(-1, command.fsdp), AXES))

@@ -51,8 +51,6 @@ def mean_loss(logits: np.ndarray, labels: np.ndarray) -> float:
 
 def metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """accuracy, f1, matthews and loss of `logits` (N, C) against `labels` (N,)."""
-    if len(labels) == 0:
-        raise ValueError("no example to evaluate; is the validation split empty?")
     logits = np.asarray(logits, np.float64)
     counts = confusion(labels, logits.argmax(axis=-1), logits.shape[-1])
     return {
@@ -67,15 +65,13 @@ def predict(
     logits_fn: Callable[[Batch], object],
     batches: Iterable[Batch],
     gather: Callable[..., np.ndarray] = np.asarray,
-) -> tuple:
+) -> tuple[np.ndarray, np.ndarray]:
     """All logits (N, C) and labels (N,), without the rows that pad a batch."""
     # Every batch is dispatched before the first result is fetched: the device does not wait.
     pending = [(logits_fn(batch), batch) for batch in batches]
-    if not pending:
-        raise ValueError("no example to evaluate; is the validation split empty?")
-    real = [gather(batch["weights"]) > 0 for _, batch in pending]
-    logits = [
-        gather(x).astype(np.float64)[keep] for (x, _), keep in zip(pending, real, strict=True)
-    ]
-    labels = [gather(batch["labels"])[keep] for (_, batch), keep in zip(pending, real, strict=True)]
+    logits, labels = [], []
+    for found, batch in pending:
+        real = gather(batch["weights"]) > 0
+        logits.append(gather(found).astype(np.float64)[real])
+        labels.append(gather(batch["labels"])[real])
     return np.concatenate(logits), np.concatenate(labels)

@@ -86,27 +86,21 @@ def accumulated(parts: int, params, graph: nnx.GraphDef, frozen, batch, number, 
     return total / count, jax.tree.map(lambda g: (g / count).astype(g.dtype), grads)
 
 
-class Compiled:
+class Compiled(dict[int, Any]):
     """A jitted function compiled ahead, once per length of batch: the time and memory are known."""
 
     def __init__(self, jitted: Callable, devices: Devices):
+        super().__init__()
         self.jitted, self.devices = jitted, devices
-        self.programs: dict[int, Any] = {}
-
-    def __contains__(self, length: int) -> bool:
-        return length in self.programs
-
-    def __getitem__(self, length: int) -> Any:
-        return self.programs[length]
 
     def compile(self, length: int, args: tuple) -> None:
         """Makes the program for batches of `length` tokens."""
         with self.devices.in_use():
-            self.programs[length] = self.jitted.lower(*args).compile()
+            self[length] = self.jitted.lower(*args).compile()
 
     def memory_bytes(self, length: int) -> int:
         """Arguments, outputs and temporaries of a program; donated buffers count once."""
-        m = self.programs[length].memory_analysis()
+        m = self[length].memory_analysis()
         if m is None:  # a backend that does not tell
             return 0
         held = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
@@ -122,17 +116,26 @@ class Programs:
     """
 
     def __init__(self, run: RunConfig, steps: int, graph: nnx.GraphDef, devices: Devices):
-        self.run, self.steps, self.graph, self.devices = run, steps, graph, devices
-        replicated, measure = devices.replicated, diagnosis_of(run)
+        self.run, self.graph, self.devices = run, graph, devices
+        self.optimizer = functools.partial(optimizer, run, steps)
+        measure = diagnosis_of(run)
+
+        def update(params, opt_state, frozen, batch, number, varied: Varied) -> tuple:
+            args = params, graph, frozen, batch, number, varied.key
+            if run.accumulate == 1:
+                loss, grads = jax.value_and_grad(loss_fn)(*args)
+            else:
+                loss, grads = accumulated(run.accumulate, *args)
+            updates, opt_state = self.optimizer(varied.peaks).update(grads, opt_state, params)
+            return loss, grads, updates, opt_state
 
         def step(params, *rest):
-            loss, grads, updates, opt_state = self._update(params, *rest)
+            loss, grads, updates, opt_state = update(params, *rest)
             metrics = Metrics(loss, optax.tree.norm(grads))
             return (*self._placed(optax.apply_updates(params, updates), opt_state), metrics)
 
         def diagnosis(params, *rest):
-            assert measure is not None
-            _, grads, updates, _ = self._update(params, *rest)
+            _, grads, updates, _ = update(params, *rest)
             return measure(params, grads, updates)
 
         def logits(params, frozen, batch):
@@ -142,36 +145,20 @@ class Programs:
 
         self.step = Compiled(jax.jit(step, donate_argnums=(0, 1)), devices)
         self.logits = Compiled(jax.jit(logits), devices)
-        self.diagnosis = (
-            None
-            if measure is None
-            else Compiled(jax.jit(diagnosis, out_shardings=replicated), devices)
-        )
+        measured = jax.jit(diagnosis, out_shardings=devices.replicated)
+        self.diagnosis = Compiled(measured, devices) if measure else None
 
     def init(self, params) -> Any:
         """The optimizer's first state, the same for all rates."""
-        return self.devices.init(self._optimizer(peaks_of(self.run)), params)
+        return self.devices.init(self.optimizer(), params)
 
     def _placed(self, params, opt_state) -> tuple:
         """Both, held to where they lie before the step."""
         if self.devices.mesh is None:
             return params, opt_state
-        tx = self._optimizer(peaks_of(self.run))
-        where = self.devices.shardings(params), self.devices.state_shardings(tx, params)
+        states = self.devices.state_shardings(self.optimizer(), params)
+        where = self.devices.shardings(params), states
         return jax.lax.with_sharding_constraint((params, opt_state), where)
-
-    def _optimizer(self, peaks: Peaks) -> optax.GradientTransformation:
-        return optimizer(self.run, self.steps, peaks)
-
-    def _update(self, params, opt_state, frozen, batch, number, varied: Varied) -> tuple:
-        args = params, self.graph, frozen, batch, number, varied.key
-        if self.run.accumulate == 1:
-            loss, grads = jax.value_and_grad(loss_fn)(*args)
-        else:
-            loss, grads = accumulated(self.run.accumulate, *args)
-        tx = self._optimizer(varied.peaks)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return loss, grads, updates, opt_state
 
 
 def programs_of(run: RunConfig, steps: int, graph: nnx.GraphDef, devices: Devices) -> Programs:

@@ -10,7 +10,6 @@ import collections
 import contextlib
 import dataclasses
 import math
-import pathlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ from experiments.finetune.checkpoint import Checkpoints
 from experiments.finetune.devices import ONE, Devices
 from experiments.finetune.evaluate import metrics, predict
 from experiments.finetune.programs import Compiled, Metrics, Programs, Varied
+from experiments.storage import Path
 
 AHEAD = 2  # steps dispatched before the oldest loss is read
 # Batches are cheap to make; more threads would take cores from a CPU run.
@@ -130,7 +130,7 @@ def train(
     *,
     observe: Callable[[History], None] = lambda history: None,
     told_to_end: Callable[[int], bool] = lambda step: False,
-    profile: pathlib.Path | None = None,
+    profile: Path | None = None,
 ) -> tuple[nnx.State, History]:
     """Trains from the last checkpoint, if there is one, to the end; the last step is saved too.
 
@@ -149,67 +149,46 @@ def train(
         OSError: a checkpoint could not be written.
     """
     params = setup.devices.place(params)
-    opt_state, history = setup.programs.init(params), History()
-    if (found := checkpoints.restore((params, opt_state))) is not None:
-        (params, opt_state), history = found[0], History(**found[1])
-    loop = _Loop(setup, history, observe)
-    iterator = iter(setup.batches.to_iter_dataset(_READ))
+    arrays, history = (params, setup.programs.init(params)), History()
+    if (found := checkpoints.restore(arrays)) is not None:
+        arrays, history = found[0], History(**found[1])
+    loop, iterator = _Loop(setup, history, observe), iter(setup.batches.to_iter_dataset(_READ))
     if history.data is not None:
         iterator.set_state(history.data)
-    total = len(setup.batches)
+    total, start = len(setup.batches), len(history.losses)
     last = total if rhythm.last is None else rhythm.last
-    start = len(history.losses)
     observe(history)  # what a log holds beyond the checkpoint is void
     if rhythm.evaluate_first and start == 0:
-        loop.evaluate(params, 0)
-    with _traced(rhythm.profile_steps, profile) as trace:
+        loop.evaluate(arrays[0], 0)
+    with contextlib.ExitStack() as tracing:
         for done in range(start + 1, last + 1):
             batch = setup.devices.shard(next(iterator))
-            if setup.programs.diagnosis and _due(done, rhythm.diagnose_every):
-                loop.diagnose(params, opt_state, batch, done)
-            with trace(done, lambda: loop.read(0)):
-                params, opt_state = loop.step(params, opt_state, batch, done)
+            if setup.programs.diagnosis is not None and _due(done, rhythm.diagnose_every):
+                loop.diagnose(arrays, batch, done)
+            first, final = rhythm.profile_steps or (0, 0)
+            if done == max(first, start + 1) <= final:
+                loop.read(0)
+                tracing.enter_context(jax.profiler.trace(str(profile)))
+            arrays = loop.step(arrays, batch, done)
+            if done == final:
+                loop.read(0)
+                tracing.close()
             if _due(done, total // setup.epochs) or _due(done, rhythm.evaluate_every):
-                loop.evaluate(params, done)
+                loop.evaluate(arrays[0], done)
             ending = done < last and told_to_end(done)
             if done == last or ending or _due(done, rhythm.checkpoint_every):
                 history.data = iterator.get_state()
-                loop.save(checkpoints, done, (params, opt_state))
+                loop.save(checkpoints, done, arrays)
             if ending:
                 checkpoints.wait()
                 raise PreemptedError(done, total)
     if last == 0:  # a replay that ends before the first step
-        loop.save(checkpoints, 0, (params, opt_state))
-    return params, history
+        loop.save(checkpoints, 0, arrays)
+    return arrays[0], history
 
 
 def _due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
-
-
-@contextlib.contextmanager
-def _traced(steps: tuple[int, int] | None, folder: pathlib.Path | None) -> Iterator[Callable]:
-    """trace(step, finish) is around a step; `finish` waits for those that were dispatched."""
-    on = False
-
-    @contextlib.contextmanager
-    def trace(done: int, finish: Callable[[], None]) -> Iterator[None]:
-        nonlocal on
-        if steps and not on and steps[0] <= done <= steps[1]:
-            finish()
-            jax.profiler.start_trace(str(folder))
-            on = True
-        yield
-        if on and done == steps[1]:
-            finish()
-            jax.profiler.stop_trace()
-            on = False
-
-    try:
-        yield trace
-    finally:
-        if on:
-            jax.profiler.stop_trace()
 
 
 class _Loop:
@@ -222,8 +201,8 @@ class _Loop:
         history.seconds.setdefault("compile", 0.0)  # an earlier run may have made every program
         self.clock = Clock(history.seconds, "train")
 
-    def program(self, compiled: Compiled, batch, args: tuple) -> Any:
-        """The program for batches as long as this one, compiled if no run has needed it yet."""
+    def call(self, compiled: Compiled, batch, args: tuple) -> Any:
+        """Dispatches the program for batches as long as this one, compiled if none has been."""
         length = batch["tokens"].shape[1]
         if length not in compiled:
             self.read(0)  # so that compilation is not timed together with steps under way
@@ -232,20 +211,18 @@ class _Loop:
         if compiled is self.programs.step:
             held = max(self.history.step_memory_bytes, compiled.memory_bytes(length))
             self.history.step_memory_bytes = held
-        return compiled[length]
+        return compiled[length](*args)
 
-    def step(self, params, opt_state, batch, done: int) -> tuple:
+    def step(self, arrays: tuple, batch, done: int) -> tuple:
         """Dispatches one step and reads the losses that are due."""
-        args = self.arguments(params, opt_state, batch, done)
-        params, opt_state, metrics = self.program(self.programs.step, batch, args)(*args)
-        self.pending.append(metrics)
+        *arrays, measured = self.call(self.programs.step, batch, self._args(arrays, batch, done))
+        self.pending.append(measured)
         self.read(AHEAD)
-        return params, opt_state
+        return tuple(arrays)
 
-    def arguments(self, params, opt_state, batch, done: int) -> tuple:
+    def _args(self, arrays: tuple, batch, done: int) -> tuple:
         """What the step and its diagnosis take."""
-        number = np.int32(done - 1)
-        return params, opt_state, self.setup.frozen, batch, number, self.setup.varied
+        return *arrays, self.setup.frozen, batch, np.int32(done - 1), self.setup.varied
 
     def read(self, leave: int) -> None:
         """Reads all but the last `leave` losses, and stops the run at one that is not finite."""
@@ -260,7 +237,7 @@ class _Loop:
         self.read(0)
         with self.clock.on("evaluate"):
             logits, labels = predict(
-                lambda batch: self.logits(params, batch),
+                lambda x: self.call(self.programs.logits, x, (params, self.setup.frozen, x)),
                 map(self.setup.devices.shard, self.setup.evaluation),
                 self.setup.devices.gather,
             )
@@ -268,18 +245,13 @@ class _Loop:
         self.history.add_evaluation(done, scores, len(self.setup.batches))
         self.observe(self.history)
 
-    def logits(self, params, batch) -> jax.Array:
-        """Dispatches the evaluation of one batch."""
-        args = (params, self.setup.frozen, batch)
-        return self.program(self.programs.logits, batch, args)(*args)
-
-    def diagnose(self, params, opt_state, batch, done: int) -> None:
+    def diagnose(self, arrays: tuple, batch, done: int) -> None:
         """Measures how close the step that is about to be made is to full fine-tuning's."""
         self.read(0)
         with self.clock.on("diagnose"):
-            args = self.arguments(params, opt_state, batch, done)
-            program = self.program(self.programs.diagnosis, batch, args)
-            figures = {name: float(x) for name, x in program(*args).items()}
+            args = self._args(arrays, batch, done)
+            found = self.call(self.programs.diagnosis, batch, args)
+            figures = {name: float(x) for name, x in found.items()}
             self.history.diagnostics.append({"step": done} | figures)
         self.observe(self.history)
 
