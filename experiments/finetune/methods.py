@@ -6,7 +6,7 @@ part alone, so the frozen base costs neither weight gradients nor optimizer stat
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -120,7 +120,8 @@ def split(
             dropout=run.dropout,
             rngs=rngs,
         )
-        trains = nnx.Any(nnx.LoRAParam, nnx.All(nnx.Param, _in_head))
+        head = nnx.All(nnx.Param, lambda path, _: path[0] == "head")
+        trains = nnx.Any(nnx.LoRAParam, head)
     graph, trainable, rest = nnx.split(model, trains, ...)
     return graph, nnx.as_pure(trainable), nnx.as_pure(rest)
 
@@ -137,18 +138,11 @@ def diagnosis_of(run: RunConfig) -> Callable[..., dict[str, jax.Array]] | None:
     def measure(params, grads, updates) -> dict[str, jax.Array]:
         projected = lp.diagnose(params, grads, run.scale).values()
         taken = lp.diagnose(params, grads, run.scale, updates=updates).values()
-        return {
-            "lora_cosine": _mean(pair.lora_cosine for pair in projected),
-            "lorapro_cosine": _mean(pair.cosine for pair in projected),
-            "step_cosine": _mean(pair.cosine for pair in taken),
+        cosines = {
+            "lora_cosine": [pair.lora_cosine for pair in projected],
+            "lorapro_cosine": [pair.cosine for pair in projected],
+            "step_cosine": [pair.cosine for pair in taken],
         }
+        return {name: jnp.mean(jnp.stack(found)) for name, found in cosines.items()}
 
     return measure
-
-
-def _mean(values: Iterable[jax.Array]) -> jax.Array:
-    return jnp.mean(jnp.stack(list(values)))
-
-
-def _in_head(path: tuple, _) -> bool:
-    return path[0] == "head"

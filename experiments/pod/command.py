@@ -127,13 +127,9 @@ def measure(step: Step, mesh: Mesh) -> dict[str, Any]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return held | {"compiler_says": _out_of_memory(str(error))}
+        used = re.search(r"Used [\d.]+\w+ of [\d.]+\w+ hbm[^.]*\.?[^.]*\.", str(error))
+        return held | {"compiler_says": used[0] if used else str(error).splitlines()[0]}
     return held | figures(compiled) | {"compile_s": time.perf_counter() - start}
-
-
-def _out_of_memory(message: str) -> str:
-    found = re.search(r"Used [\d.]+\w+ of [\d.]+\w+ hbm[^.]*\.?[^.]*\.", message)
-    return found[0] if found else message.splitlines()[0]
 
 
 def figures(compiled: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import re
 from typing import NamedTuple
 
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
-_CALLED = re.compile(r"(?:calls|to_apply)=(%[^,}\s]+)")
+_NAME = r"%[^,}\s]+"
 
 
 class Instruction(NamedTuple):
@@ -19,14 +19,14 @@ class Instruction(NamedTuple):
     root: bool
 
     def attribute(self, name: str) -> str:
-        """The computation or instruction that an attribute names."""
-        return re.search(rf"\b{name}=(%[^,\s}}]+)", self.text)[1]
+        """The computation that an attribute names."""
+        return re.search(rf"\b{name}=({_NAME})", self.text)[1]
 
     def called(self) -> list[str]:
         """The computations of a fusion, a call or a conditional."""
         if branches := re.search(r"branch_computations=\{([^}]*)\}", self.text):
-            return re.findall(r"%[^,\s}]+", branches[1])
-        return _CALLED.findall(self.text)
+            return re.findall(_NAME, branches[1])
+        return re.findall(rf"(?:calls|to_apply)=({_NAME})", self.text)
 
 
 Computation = dict[str, Instruction]
@@ -78,42 +78,24 @@ def _instruction(line: str) -> Instruction | None:
         return None
     close = _balanced(line, call.end() - 1)
     operands = tuple(re.findall(r"%[^\s,()]+", line[call.end() : close - 1]))
-    return Instruction(
-        head[2], line[start:end], call[1], operands, line[call.end() :], bool(head[1])
-    )
+    text = line[call.end() :]
+    return Instruction(head[2], line[start:end], call[1], operands, text, bool(head[1]))
 
 
 def parse(text: str) -> Module:
-    """The module of `compiled.as_text()`.
-
-    Raises:
-      ValueError: the text has no entry computation.
-    """
+    """The module of `compiled.as_text()`; a ValueError if the text has no entry computation."""
     computations: dict[str, Computation] = {}
     entry, current = "", None
     for line in text.splitlines():
         if head := re.match(r"(ENTRY )?(%\S+) \(.*\{$", line):
             current = computations.setdefault(head[2], {})
             entry = head[2] if head[1] else entry
-        elif current is not None and (made := _instruction(line)):
-            current[made.name] = made
+        elif current is not None and (found := _instruction(line)):
+            current[found.name] = found
     if not entry:
         raise ValueError("no ENTRY computation: this is not the text of a compiled HLO module")
     devices = re.search(r"num_partitions=(\d+)", text)
     return Module(computations, entry, int(devices[1]) if devices else 1)
-
-
-def root(computation: Computation) -> Instruction:
-    """The instruction whose value a computation returns."""
-    return next(i for i in computation.values() if i.root)
-
-
-def through(computation: Computation, name: str) -> Instruction:
-    """The instruction behind copies and renamings."""
-    i = computation[name]
-    while i.opcode in ("copy", "bitcast", "convert", "reshape") and i.operands:
-        i = computation[i.operands[0]]
-    return i
 
 
 def trips(module: Module, loop: Instruction, around: Computation) -> int | None:
@@ -122,36 +104,39 @@ def trips(module: Module, loop: Instruction, around: Computation) -> int | None:
     Counted: XLA says so, or the condition is counter < constant, the counter starts at a constant
     and a constant is added to it.
     """
-    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.text):
-        return int(known[1])
-    condition = module.computations[loop.attribute("condition")]
-    body = module.computations[loop.attribute("body")]
-    test = root(condition)
-    if test.opcode != "compare" or "direction=LT" not in test.text:
+    if told := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.text):
+        return int(told[1])
+    condition, body = (module.computations[loop.attribute(n)] for n in ("condition", "body"))
+    test, before = _root(condition), _through(around, loop.operands[0])
+    after = _root(body)
+    if "direction=LT" not in test.text or {before.opcode, after.opcode} != {"tuple"}:
         return None
-    counter, limit = (through(condition, name) for name in test.operands)
-    stop = _constant(limit)
-    if counter.opcode != "get-tuple-element" or stop is None:
+    counter, limit = (_through(condition, name) for name in test.operands)
+    if counter.opcode != "get-tuple-element":
         return None
     index = int(re.search(r"index=(\d+)", counter.text)[1])
-    before, after = through(around, loop.operands[0]), root(body)
-    if before.opcode != "tuple" or after.opcode != "tuple":
-        return None
-    start = _constant(through(around, before.operands[index]))
-    step = _step(body, after.operands[index])
-    if start is None or not step:
+    added = _through(body, after.operands[index])
+    steps = [_constant(_through(body, x)) for x in added.operands if added.opcode == "add"]
+    start, stop = _constant(_through(around, before.operands[index])), _constant(limit)
+    step = next((step for step in steps if step), None)
+    if start is None or stop is None or step is None:
         return None
     return max(0, math.ceil((stop - start) / step))
+
+
+def _root(computation: Computation) -> Instruction:
+    """The instruction whose value a computation returns."""
+    return next(i for i in computation.values() if i.root)
+
+
+def _through(computation: Computation, name: str) -> Instruction:
+    """The instruction behind copies and renamings."""
+    i = computation[name]
+    while i.opcode in ("copy", "bitcast", "convert", "reshape") and i.operands:
+        i = computation[i.operands[0]]
+    return i
 
 
 def _constant(i: Instruction) -> int | None:
     found = re.match(r"(-?\d+)\)", i.text) if i.opcode == "constant" else None
     return int(found[1]) if found else None
-
-
-def _step(body: Computation, name: str) -> int | None:
-    i = through(body, name)
-    if i.opcode != "add":
-        return None
-    found = [_constant(through(body, operand)) for operand in i.operands]
-    return next((step for step in found if step is not None), None)
