@@ -151,7 +151,13 @@ def test_a_run_told_to_end_saves_and_goes_on_as_if_nothing_were(
         assert max(path.name for path in checkpoints.iterdir()) == stopped[1]
         assert not (tmp_path / NAME / "result.json").exists()
     assert signal.getsignal(signal.SIGTERM) is before
+    # One bit of the second checkpoint is lost on the disk: the first one serves.
+    file = max((checkpoints / stopped[1] / "arrays").rglob("d/*"), key=lambda x: x.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
     assert finetune.main(tiny(tmp_path, **FLAGS)) == 0
+    assert f"{file} is damaged" in capsys.readouterr().err
     for name in ("final.safetensors", "metrics.jsonl"):
         assert (tmp_path / NAME / name).read_bytes() == (whole / name).read_bytes()
 
@@ -252,6 +258,28 @@ def test_one_device_needs_no_mesh():
     assert alone.shard(batch) is batch
     assert alone.replicate(batch) is batch
     assert hosts.once(lambda: 7) == 7
+
+
+def test_every_process_has_the_answer_or_the_error_of_the_first(monkeypatch):
+    sent = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(hosts, "_broadcast", lambda data: sent.append(data or sent[0]) or sent[0])
+
+    def full():
+        raise OSError(28, "No space left", "/runs/x")
+
+    def of(first: bool, make):
+        monkeypatch.setattr(hosts, "is_first", lambda: first)
+        return hosts.once(make)
+
+    answer = {"final": {"loss": 1 / 3}, "losses": [[1, 0.1 + 0.2]]}
+    assert of(True, lambda: answer) == of(False, lambda: pytest.fail("called")) == answer
+    sent.clear()
+    for first in (True, False):
+        with pytest.raises(OSError, match="No space left") as caught:
+            of(first, full)
+        assert (caught.value.errno, caught.value.filename) == (28, "/runs/x")
+    assert json.loads(sent[0]) == {"error": ["OSError", [28, "No space left", "/runs/x"]]}
 
 
 @pytest.mark.parametrize(
