@@ -156,9 +156,17 @@ def test_a_result_that_is_there_twice_is_an_error(tmp_path):
         summary.read(tmp_path)
 
 
-def test_a_broken_line_is_named(tmp_path):
-    (tmp_path / "a.jsonl").write_text(json.dumps(record()) + '\n{"kind": "fine')
-    with pytest.raises(ValueError, match=r"a.jsonl:2 is not JSON"):
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"kind": "fine', "is not JSON"),
+        (b"\xff\xfe\x00", "is not JSON"),
+        (b'{"kind": "finetune", "final": {}}', "lacks config, metric"),
+    ],
+)
+def test_a_broken_line_is_named(tmp_path, line, message):
+    (tmp_path / "a.jsonl").write_bytes(json.dumps(record()).encode() + b"\nnull\n[]\n" + line)
+    with pytest.raises(ValueError, match=f"a.jsonl:4 {message}"):
         summary.read(tmp_path)
 
 

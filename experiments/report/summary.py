@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 SCORES = ("accuracy", "f1", "matthews", "loss")
+NEEDED = ("config", "metric", "final")  # in every record
 
 
 class Row(NamedTuple):
@@ -37,14 +38,16 @@ def read(folder: pathlib.Path) -> list[dict[str, Any]]:
     """Every fine-tuning record in <folder>/*.jsonl; other records (benchmarks) are left alone."""
     records: dict[str, tuple[str, dict]] = {}
     for path in sorted(folder.glob("*.jsonl")):
-        for number, line in enumerate(path.read_text().splitlines(), 1):
+        for number, line in enumerate(path.read_bytes().splitlines(), 1):
             where = f"{path}:{number}"
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
+            except ValueError as error:
                 raise ValueError(f"{where} is not JSON ({error}); remove the line") from error
             if not isinstance(record, dict) or record.get("kind") != "finetune":
                 continue
+            if missing := [name for name in NEEDED if name not in record]:
+                raise ValueError(f"{where} lacks {', '.join(missing)}: it is damaged; remove it")
             key = json.dumps(record["config"], sort_keys=True)
             if key in records:
                 raise ValueError(
