@@ -8,11 +8,11 @@ of a long list its rows are left out. Last comes the paper's table with our runs
 import dataclasses
 import os
 import pathlib
-import sys
 from collections.abc import Sequence
 
 import tyro
 
+from experiments.exits import reported
 from experiments.report import paper, plots, sensitivity, tables
 from experiments.report.summary import Row, read, summarise
 from experiments.storage import write_atomic
@@ -42,7 +42,7 @@ class Report:
 def write(command: Report) -> list[pathlib.Path]:
     """Writes the plots, then the page; returns what was written."""
     rows = summarise(read(command.results))
-    text = command.page.read_text()
+    text = command.page.read_text("utf-8")
     splice(text, "")  # a page without markers is found out before anything is written
     images = plots.draw(rows, command.results, prefix="finetune-")
     links = [
@@ -63,13 +63,10 @@ def text_of(rows: Sequence[Row]) -> list[str]:
     return [*parts, tables.notes(rows, bool(listed))]
 
 
+@reported
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     command = tyro.cli(Report, args=argv, prog="python -m experiments.report")
-    try:
-        for path in write(command):
-            print(f"wrote {path}")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    for path in write(command):
+        print(f"wrote {path}")
     return 0
