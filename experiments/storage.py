@@ -47,6 +47,16 @@ def is_bucket(path: Path) -> bool:
     return not isinstance(path, pathlib.Path)
 
 
+def check_folder(folder: Path, flag: str) -> None:
+    """A ValueError if there can be no such folder, for one as if a file has its name."""
+    try:
+        for path in () if is_bucket(folder) else (folder, *folder.parents):
+            if path.exists() and not path.is_dir():
+                raise ValueError(f"{path} is a file")
+    except (ValueError, OSError) as error:  # a name too long, a folder that may not be read
+        raise ValueError(f"{flag} {folder} cannot be a folder ({error}); name another") from error
+
+
 @contextlib.contextmanager
 def explained(what: str, path: Path) -> Iterator[None]:
     """Turns a failed write into an OSError that says what, where and what to do.
@@ -63,6 +73,8 @@ def explained(what: str, path: Path) -> Iterator[None]:
         number = int(code[1]) if code else getattr(error, "errno", None)
         why = os.strerror(number) if number else f"{type(error).__name__}: {error}"
         remedy = "Make room" if number in _FULL else "Mend that"
+        if number in (errno.EEXIST, errno.ENOTDIR):
+            why, remedy = "a file has the name of a folder", "Remove that file"
         raise OSError(
             number or errno.EIO,
             f"could not write {what} ({why}); what was there before is intact. {remedy}, or choose "

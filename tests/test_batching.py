@@ -142,8 +142,8 @@ def test_grouping_by_length_saves_more_than_half_of_the_padding():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, "batch_size must be a finite number of at least 1, not 0"),
-        ({"epochs": 0}, "epochs must be"),
+        ({"batch_size": 0}, "batch_size 0 is out of range; choose a number from 1 to"),
+        ({"epochs": 0}, "epochs 0 is out of range"),
         ({"process_count": 3}, "process_count 3 does not divide batch_size, 32"),
         ({"buckets": (4, 9)}, r"a row has 20 tokens, the longest bucket holds 9; encode with"),
     ],

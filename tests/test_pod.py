@@ -165,7 +165,7 @@ ADAPTERS = nnx.DiffState(0, nnx.LoRAParam)
 
 @nnx.jit
 def loss_and_gradients(model, batch):
-    return nnx.value_and_grad(pod_work.answer_loss, argnums=ADAPTERS)(model, batch)
+    return nnx.value_and_grad(pod_work._answer_loss, argnums=ADAPTERS)(model, batch)
 
 
 def answers(rows=3, length=9, targets=4):
@@ -531,9 +531,9 @@ def test_collectives_of_eight_devices_by_hand():
         (["--mode", "sgd"], "unknown mode 'sgd'"),
         (["--model", "llama3"], "did you mean 'llama3-8b'"),
         (["--batch", "100"], "multiple of 256"),
-        (["--length", "1"], "--length must be a finite number of at least 2"),
+        (["--length", "1"], "--length 1 is out of range; choose a number from 2 to"),
         (["--model", "t5-11b"], "did you mean"),
-        (["--rank", "0"], "--rank must be a finite number of at least 1"),
+        (["--rank", "0"], "--rank 0 is out of range; choose a number from 1 to"),
     ],
 )
 def test_what_cannot_be_served_is_an_error_with_a_remedy(args, says, capsys, tmp_path):

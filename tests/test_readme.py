@@ -86,7 +86,7 @@ def test_the_launch_guides_command_is_understood():
     (line,) = re.findall(r"python -m experiments\.finetune ([^']*)'", launch)
     command = config.read(shlex.split(line), "finetune")
     assert command.distributed
-    grid = finetune.checked_runs(command)
+    grid = config.runs(finetune.checked(command))
     assert len(grid) == 15
     assert f"[1/15] {grid[0].folder_name}: step" in PAGES["pods.md"]
     assert command.batch_size == 2 * 16

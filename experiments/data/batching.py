@@ -16,7 +16,7 @@ import grain
 import numpy as np
 import tokenizers
 
-from experiments.checks import at_least, divides
+from experiments.checks import Range, divides
 from experiments.data.task import Example, check_label
 
 BUCKETS = (16, 32, 48, 64, 96, 128)
@@ -130,7 +130,7 @@ class Batches:
 
     def __post_init__(self):
         for name in ("batch_size", "epochs", "process_count"):
-            at_least(name, getattr(self, name), 1)
+            Range(1).check(name, getattr(self, name))
         divides("process_count", self.process_count, "batch_size", self.batch_size)
         longest = int(self.encoded.lengths.max())
         if longest > self.buckets[-1]:

@@ -52,13 +52,17 @@ _TRIES = 20  # to remove a folder that is still written to, a tenth of a second 
 
 def claim(folder: storage.Path, run: RunConfig) -> None:
     """Makes `folder` the run's; a ValueError if it belongs to another configuration."""
-    wanted = dataclasses.asdict(run)
-    path = folder / CONFIG
     for left in storage.found(folder, f"*{storage.PARTIAL}"):
         left.unlink(missing_ok=True)
+    if not belongs(folder, run):
+        write_json(folder / CONFIG, dataclasses.asdict(run), "the run's configuration")
+
+
+def belongs(folder: storage.Path, run: RunConfig) -> bool:
+    """Whether `folder` is the run's already; a ValueError if it is another configuration's."""
+    wanted, path = dataclasses.asdict(run), folder / CONFIG
     if not path.exists():
-        write_json(path, wanted, "the run's configuration")
-        return
+        return False
     found = storage.read_json(path, ("method",), "a run's configuration")
     differing = [
         f"{name}: {found.get(name, 'absent')!r} there, {wanted.get(name, 'absent')!r} asked for"
@@ -70,6 +74,7 @@ def claim(folder: storage.Path, run: RunConfig) -> None:
             f"{folder} holds a run of another configuration ({'; '.join(differing)}). Give the "
             "same options to go on with it, choose another --out, or delete the folder"
         )
+    return True
 
 
 class Checkpoints:

@@ -18,8 +18,9 @@ import jax
 from rich.console import Console
 
 from experiments.data.tasks import task_named
-from experiments.finetune.checkpoint import collect
-from experiments.finetune.config import Command, Grid, RunConfig, read, runs, shrunk
+from experiments.exits import reported
+from experiments.finetune.checkpoint import belongs, collect
+from experiments.finetune.config import AnyGrid, Command, read, runs, shrunk
 from experiments.finetune.devices import devices_of
 from experiments.finetune.hosts import abandon, connect, is_first, once
 from experiments.finetune.methods import method_named
@@ -32,21 +33,18 @@ from experiments.report import sensitivity
 from experiments.report.plots import draw
 from experiments.report.summary import summarise
 from experiments.report.tables import rich_sensitivity, rich_table
-from experiments.storage import Path
+from experiments.storage import Path, check_folder
 
 
+@reported
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status, 1 if a run diverged."""
-    command = Command()
+    # Checked before the process waits for others.
+    command = checked(read(argv, "python -m experiments.finetune", Command))
     try:
-        command = shrunk(read(argv, "python -m experiments.finetune"))
-        checked_runs(command)  # before the process waits for others
         connect(command)
         with noticed() as told_to_end:
             failed = compare(Session(command, devices_of(command), terminal(), told_to_end))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except PreemptedError as stopped:
         print(f"{stopped}; the same command goes on from there", file=sys.stderr)
         return STATUS
@@ -60,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def terminal() -> Console:
     """Where what goes on is shown."""
-    console = Console(quiet=not is_first())
+    console = Console(quiet=not is_first(), markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 140  # a pipe has no width; 80 would cut the table
     return console
@@ -69,7 +67,8 @@ def terminal() -> Console:
 def compare(session: Session) -> int:
     """Makes every run of the command, then the table and the plots; returns how many diverged."""
     out, results = session.command.out, []
-    grid = checked_runs(session.command)
+    grid = runs(session.command)
+    once(lambda: [belongs(out / run.folder_name, run) for run in grid])
     for number, run in enumerate(grid, 1):
         results.append(run_or_read(run, session, f"[{number}/{len(grid)}] {run.folder_name}"))
         if "diverged" in results[-1]:
@@ -89,8 +88,8 @@ def show(results: list[dict[str, Any]], out: Path, console: Console) -> None:
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
 
 
-def checked_runs(command: Grid) -> list[RunConfig]:
-    """The command's runs, once every name and number in them is known to be good."""
+def checked(command: AnyGrid) -> AnyGrid:
+    """The command, its names and numbers known to be good, with --smoke carried out."""
     for name in command.methods:
         method_named(name)
     model = model_named(command.model)
@@ -101,4 +100,6 @@ def checked_runs(command: Grid) -> list[RunConfig]:
             f"--weights {command.weights} is for --model t5; {command.model} has its own"
         )
     task_named(command.task)
-    return runs(command)
+    check_folder(command.out, "--out")
+    runs(command)
+    return shrunk(command)

@@ -11,6 +11,7 @@ import dataclasses
 import math
 import os
 import pathlib
+import re
 from typing import Annotated, Literal, TypeVar
 
 import tyro
@@ -55,54 +56,83 @@ _PATH = tyro.constructors.PrimitiveConstructorSpec(
 )
 
 
+SCALE = checks.Range(1e-9, 1e9)  # as `lorapro_jax` demands: its inverse is needed too
+
+# A rate as the names of run folders have it, to six digits.
+rate_name = "{:g}".format
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Training:
-    """What all runs of a command share."""
+class Model:
+    """What is trained."""
 
     model: str = "minilm"
     """minilm (a pretrained encoder), t5 (text to text), or tiny and t5-tiny (random, for tests)."""
     weights: str | None = None
     """For t5: a folder with a T5 as Hugging Face keeps it, or a name there; None: t5-base."""
-    task: str = "pydoc"
-    """pydoc (embedded, no download), or a GLUE task: cola, mrpc, sst2, rte, qnli, mnli."""
-    epochs: int | None = None
-    """Passes over the training data; None: 2 for pydoc, 1 (the paper's) for the others."""
-    batch_size: int = 32
-    """Examples per step."""
-    accumulate: int = 1
-    """Parts that a step's examples are worked through in, for memory; the step is the same."""
     remat: bool = False
     """The backward pass computes every layer anew, for memory (XLA undoes it on a CPU)."""
-    max_length: int = 128
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the activations; parameters and optimizer state are float32."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """What it learns."""
+
+    task: str = "pydoc"
+    """pydoc (embedded, no download), or a GLUE task: cola, mrpc, sst2, rte, qnli, mnli."""
+    max_length: Annotated[int, checks.Range(3)] = 128  # [CLS], a token, [SEP]
     """Tokens per example; longer ones are cut."""
-    train_examples: int = 0
+    train_examples: Annotated[int, checks.Range(0)] = 0
     """Train on a subset of this size, drawn by the seed; 0: all."""
-    eval_examples: int = 0
+    eval_examples: Annotated[int, checks.Range(0)] = 0
     """Evaluate on a subset of this size, the same for every seed; 0: all."""
-    rank: int = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """The low-rank factors of every method but full."""
+
+    rank: checks.Count = 8
     """Rank r of the adapters."""
-    alpha: float = 16.0
+    alpha: checks.Positive = 16.0
     """The adapters' scale is alpha / r."""
     rslora: bool = False
     """Scale by alpha / sqrt(r) instead."""
-    dropout: float = 0.0
+    dropout: checks.Share = 0.0
     """On the adapters' input, and on the encoder's pooled features or everywhere in a T5."""
-    head_learning_rate: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """Batches, schedule and Adam."""
+
+    epochs: checks.Count | None = None
+    """Passes over the training data; None: 2 for pydoc, 1 (the paper's) for the others."""
+    batch_size: Annotated[checks.Count, tyro.conf.arg(aliases=("--bs",))] = 32
+    """Examples per step."""
+    accumulate: checks.Count = 1
+    """Parts that a step's examples are worked through in, for memory; the step is the same."""
+    head_learning_rate: checks.Positive | None = None
     """Peak rate of the fresh classification head in the LoRA methods; None: the adapters' rate."""
-    warmup_ratio: float = 0.03
+    warmup_ratio: checks.Share = 0.03
     """Share of the steps over which the rate rises; then it falls to 0 along a cosine."""
-    clip_norm: float = 1.0
+    clip_norm: checks.NotNegative = 1.0
     """Bound on the global norm of the raw gradients; 0: none."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[checks.NotNegative, tyro.conf.arg(aliases=("--wd",))] = 0.0
     """Decoupled decay; for lorapro-full and lorapro-factored, of the adapters' product."""
-    b1: float = 0.9
+    b1: checks.Share = 0.9
     """Adam's decay of the first moment."""
-    b2: float = 0.999
+    b2: checks.Share = 0.999
     """Adam's decay of the second moment."""
-    eps: float = 1e-8
+    eps: checks.Positive = 1e-8
     """Adam's epsilon."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the activations; parameters and optimizer state are float32."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training(Optimizer, Adapter, Data, Model):
+    """What all runs of a command share."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,7 +147,7 @@ class RunConfig(Training):
     @property
     def folder_name(self) -> str:
         """<task>-<model>-<method>-lr<rate>-seed<seed>."""
-        rate = f"{self.learning_rate:g}"
+        rate = rate_name(self.learning_rate)
         return f"{self.task}-{self.model}-{self.method}-lr{rate}-seed{self.seed}"
 
     @property
@@ -132,22 +162,26 @@ class RunConfig(Training):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Grid(Training):
-    """Runs of several methods, learning rates and seeds, and where they read and write."""
+class Run:
+    """Which runs are made, and where they read and write."""
 
+    config: str | None = None
+    """A module of experiments/configs, which has the defaults of the other flags: minilm_pydoc,
+    minilm_sst2 or t5_glue."""
     smoke: bool = False
-    """A few seconds of the same on a random tiny model, and on pydoc unless there is --data-dir."""
-    methods: Annotated[tuple[str, ...], _list_of(str, "NAME,NAME,...")] = (
-        "full",
-        "lora",
-        "lorapro-full",
-        "lorapro-factored",
-        "lorapro-adamw",
-    )
+    """A few seconds of the same on a random tiny model, and on pydoc unless there is --data-dir;
+    it sets the epochs, the batches, the lengths and the examples, and takes the first seed."""
+    methods: Annotated[tuple[str, ...], _list_of(str, "NAME,NAME,...")] = tuple(RATES)
     """Any of full, lora, lorapro-full, lorapro-factored, lorapro-adamw."""
-    learning_rates: Annotated[tuple[float, ...] | None, _list_of(float, "RATE,RATE,...")] = None
+    learning_rates: Annotated[
+        tuple[checks.Positive, ...] | None,
+        _list_of(float, "RATE,RATE,..."),
+        tyro.conf.arg(aliases=("--lr",)),
+    ] = None
     """Peak learning rates; every method is run with each. None: each method's own."""
-    seeds: Annotated[tuple[int, ...], _list_of(int, "N,N,...")] = (0,)
+    seeds: Annotated[
+        tuple[Annotated[int, checks.Range(0, 2**32 - 1)], ...], _list_of(int, "N,N,...")
+    ] = (0,)
     """Each decides a run's head, adapters, order of the data and dropout."""
     data_dir: str | None = None
     """Where the prepared GLUE tasks are, a folder or gs://...; pydoc needs none."""
@@ -156,32 +190,37 @@ class Grid(Training):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Command(Grid):
-    """Fine-tune a pretrained model by several methods and compare them.
+class Grid(Training, Run):
+    """Runs of several methods, learning rates and seeds."""
 
-    Example: python -m experiments.finetune --methods full,lora,lorapro-factored
-    """
 
-    config: str | None = None
-    """A module of experiments/configs, which has the defaults of the other flags: minilm_pydoc,
-    minilm_sst2 or t5_glue."""
-    checkpoint_every: int = 100
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+    """What is measured and saved, and when."""
+
+    checkpoint_every: Annotated[int, checks.Range(0)] = 100
     """Steps between checkpoints, written while training goes on; 0: none before the end."""
-    keep: int = 2
+    keep: checks.Count = 2
     """Checkpoints of a run that are kept until it is complete: the last ones."""
-    evaluate_every: int = 0
+    evaluate_every: Annotated[int, checks.Range(0)] = 0
     """Steps between evaluations, beside those at the end of every epoch; 0: no others."""
     evaluate_first: bool = False
     """Evaluate before the first step too: what is wrong there should not cost an epoch."""
-    diagnose_every: int = 0
+    diagnose_every: Annotated[int, checks.Range(0)] = 0
     """Steps between measurements of how close the steps are to full fine-tuning's; 0: never."""
     tensorboard: bool = False
     """Write what metrics.jsonl holds for TensorBoard too."""
-    profile_steps: Annotated[tuple[int, ...] | None, _list_of(int, "FIRST,LAST")] = None
+    profile_steps: Annotated[tuple[checks.Count, ...] | None, _list_of(int, "FIRST,LAST")] = None
     """Steps to trace with JAX's profiler, into the run's folder."""
-    devices: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Device:
+    """The devices and processes that share a run."""
+
+    devices: checks.Count | None = None
     """Devices of this process that share every batch; None: one, or all if it is distributed."""
-    fsdp: int = 1
+    fsdp: checks.Count = 1
     """Devices that share every parameter too, each holding a part: a divisor of all devices."""
     distributed: bool = False
     """This is one of several processes, which share --out; the cluster (Slurm, MPI, TPU) tells it
@@ -189,32 +228,48 @@ class Command(Grid):
     and JAX_PROCESS_ID; the first of which asks for this as the flag does."""
     coordinator: str | None = None
     """host:port at which process 0 will listen."""
-    num_processes: int | None = None
+    num_processes: checks.Count | None = None
     """How many there are."""
-    process_id: int | None = None
+    process_id: Annotated[int, checks.Range(0)] | None = None
     """Which this is, from 0."""
-    timeout: int = 100
+    timeout: checks.Count = 100
     """Seconds without a sign of life after which a process counts as dead, and all end."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command(Device, Record, Grid):
+    """Fine-tune a pretrained model by several methods and compare them.
+
+    Example: python -m experiments.finetune --methods full,lora,lorapro-factored
+    """
 
 
 AnyGrid = TypeVar("AnyGrid", bound=Grid)
 
 
-def read(argv: list[str] | None, prog: str) -> Command:
-    """The command that the arguments ask for; a usage error ends the process."""
+def read(argv: list[str] | None, prog: str, kind: type[AnyGrid] = Command) -> AnyGrid:
+    """The command that the arguments ask for; a usage error ends the process.
+
+    Each base of `kind` that has no bases itself is a group of flags in the help.
+    """
     from experiments.configs import CONFIGS  # here, since they are made of a Command
 
-    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    chooser.add_argument("--config", choices=CONFIGS)
-    chosen, _ = chooser.parse_known_args(argv)
-    command = tyro.cli(
-        Command,
-        args=argv,
-        prog=prog,
-        default=CONFIGS.get(chosen.config, Command()),
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
-    return _with_environment(command)
+    chooser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
+    chooser.add_argument("--config")
+    chosen = chooser.parse_known_args(argv)[0].config
+    preset = CONFIGS[checks.one_of("configuration", chosen, CONFIGS)] if chosen else Command()
+    groups = []
+    for base in reversed(kind.__mro__):
+        if base.__bases__ == (object,):
+            names = [f.name for f in dataclasses.fields(base) if hasattr(preset, f.name)]
+            default = base(**{name: getattr(preset, name) for name in names})
+            groups.append((base.__name__.lower(), base, default))
+    form = dataclasses.make_dataclass(kind.__name__, groups)
+    form.__doc__ = kind.__doc__
+    flat = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+    found = vars(tyro.cli(form, args=argv, prog=prog, config=flat)).values()
+    command = kind(**{name: value for group in found for name, value in vars(group).items()})
+    return _with_environment(command) if isinstance(command, Device) else command
 
 
 def _with_environment(command: Command) -> Command:
@@ -224,6 +279,8 @@ def _with_environment(command: Command) -> Command:
     told = {"coordinator": os.environ["JAX_COORDINATOR_ADDRESS"]}
     for name in ("num_processes", "process_id"):
         if (number := os.environ.get(f"JAX_{name.upper()}")) is not None:
+            if not number.isdecimal():
+                raise ValueError(f"JAX_{name.upper()} is {number!r}; set it to a whole number")
             told[name] = int(number)
     left = {name: value for name, value in told.items() if getattr(command, name) is None}
     return dataclasses.replace(command, distributed=True, **left)
@@ -241,6 +298,7 @@ def shrunk(command: AnyGrid) -> AnyGrid:
         seeds=command.seeds[:1],
         epochs=1,
         batch_size=8,
+        accumulate=math.gcd(command.accumulate, 8),
         max_length=32,
         train_examples=64,
         eval_examples=32,
@@ -252,8 +310,10 @@ def runs(command: Grid) -> list[RunConfig]:
     shared = {f.name: getattr(command, f.name) for f in dataclasses.fields(Training)}
     if command.epochs is None:
         shared["epochs"] = EPOCHS.get(command.task, PAPER_EPOCHS)
+    checks.in_range(command)
+    checks.divides("--accumulate", command.accumulate, "--batch-size", command.batch_size)
     checks.different("--methods", command.methods)
-    checks.different("--learning-rates", command.learning_rates or ())
+    checks.different("--learning-rates", command.learning_rates or (), rate_name)
     checks.different("--seeds", command.seeds)
     if isinstance(command, Command):
         _check_command(command)
@@ -263,22 +323,11 @@ def runs(command: Grid) -> list[RunConfig]:
         for rate in command.learning_rates or (RATES[method],)
         for seed in command.seeds
     ]
-    for run in grid:
-        check(run)
+    SCALE.check("the scale that --alpha and --rank make,", grid[0].scale)
     return grid
 
 
 def _check_command(command: Command) -> None:
-    for flag, value, least in (
-        ("--checkpoint-every", command.checkpoint_every, 0),
-        ("--keep", command.keep, 1),
-        ("--diagnose-every", command.diagnose_every, 0),
-        ("--evaluate-every", command.evaluate_every, 0),
-        ("--fsdp", command.fsdp, 1),
-        ("--timeout", command.timeout, 1),
-        ("--devices", 1 if command.devices is None else command.devices, 1),
-    ):
-        checks.at_least(flag, value, least)
     first, *last = command.profile_steps or (1, 1)
     if len(last) != 1 or not 1 <= first <= last[0]:
         raise ValueError(
@@ -290,38 +339,10 @@ def _check_command(command: Command) -> None:
             f"--tensorboard and --profile-steps write to a disk, not to {command.out}; leave them "
             "out (metrics.jsonl has the same figures), or name a folder"
         )
+    if command.coordinator and not re.fullmatch(r".+:\d+", command.coordinator):
+        raise ValueError(f"--coordinator {command.coordinator} is not HOST:PORT, as in node0:1234")
     given = (command.coordinator, command.num_processes, command.process_id)
     if not command.distributed and given != (None, None, None):
         raise ValueError(
             "--coordinator, --num-processes and --process-id need --distributed; add it"
         )
-
-
-def check(run: RunConfig) -> None:
-    """Raises ValueError for the first number of a run that is out of its range."""
-    checks.positive("--learning-rates", run.learning_rate)
-    if run.head_learning_rate is not None:
-        checks.positive("--head-learning-rate", run.head_learning_rate)
-    checks.positive("--alpha", run.alpha)
-    checks.positive("--eps", run.eps)
-    for flag, value, least in (
-        ("--epochs", run.epochs, 1),
-        ("--batch-size", run.batch_size, 1),
-        ("--accumulate", run.accumulate, 1),
-        ("--rank", run.rank, 1),
-        ("--max-length", run.max_length, 3),  # [CLS], a token, [SEP]
-        ("--seeds", run.seed, 0),
-        ("--train-examples", run.train_examples, 0),
-        ("--eval-examples", run.eval_examples, 0),
-        ("--clip-norm", run.clip_norm, 0),
-        ("--weight-decay", run.weight_decay, 0),
-    ):
-        checks.at_least(flag, value, least)
-    checks.divides("--accumulate", run.accumulate, "--batch-size", run.batch_size)
-    for flag, value in (
-        ("--dropout", run.dropout),
-        ("--warmup-ratio", run.warmup_ratio),
-        ("--b1", run.b1),
-        ("--b2", run.b2),
-    ):
-        checks.below_one(flag, value)

@@ -56,6 +56,11 @@ def train_run(run: RunConfig, session: Session, folder: Path, title: str) -> dic
     setup, params = build(run, loaded, shared_by)
     about, diverged = sizes_of(setup, params) | {"devices": shared_by.count}, None
     rhythm = Rhythm(**{name: getattr(command, name) for name in Rhythm._fields if name != "last"})
+    if command.profile_steps and command.profile_steps[1] > len(setup.batches):
+        raise ValueError(
+            f"--profile-steps ends at {command.profile_steps[1]}, and the run has "
+            f"{len(setup.batches)} steps; trace earlier ones"
+        )
     with contextlib.closing(Checkpoints(folder, command.keep)) as saved:
         with observed(run, session, setup, folder, title) as observe:
             try:

@@ -14,22 +14,23 @@ import json
 import math
 import pathlib
 import re
-import sys
 import time
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import rich.console
 import tyro
 from jax.sharding import Mesh
 
-from experiments.checks import at_least, one_of
+from experiments.checks import Count, Range, in_range, one_of
+from experiments.exits import reported
 from experiments.pod.costs import cost
 from experiments.pod.slice import chips_of, memory, mesh_of, sizes_of
 from experiments.pod.step import MODES, Step, bytes_per_chip, make, make_update
 from experiments.pod.tables import tables
 from experiments.pod.workloads import MODELS, Workload
 from experiments.provenance import provenance
+from experiments.storage import check_folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,12 +46,12 @@ class Settings:
     the factors), with commas between."""
     mesh: str | None = None
     """FSDPxTENSOR, such as 64x4; None: all chips along fsdp."""
-    batch: int | None = None
+    batch: Count | None = None
     """Rows of a step over the whole slice; None: for each chip along fsdp 1 (llama3-8b), 8 (t5-3b)
     or 32 (t5-base)."""
-    length: int | None = None
+    length: Annotated[int, Range(2)] | None = None
     """Tokens of a row; None: 2048 (llama3-8b), 512 (t5-3b), 128 (t5-base)."""
-    rank: int | None = None
+    rank: Count | None = None
     """Rank of the adapters, on every linear layer; None: 8, the paper's, for a T5, else 16."""
     whole: bool = False
     """Every chip holds all parameters, and fsdp shares the batch only."""
@@ -60,23 +61,24 @@ class Settings:
     """Where a JSON line for every mode is appended."""
 
 
+@reported
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status, 2 for a request that cannot be served."""
     settings = tyro.cli(Settings, args=argv, prog="python -m experiments.pod")
     console = rich.console.Console()
     if not console.is_terminal:
         console = rich.console.Console(width=160)
-    try:
-        for table in tables(compare(settings, console)):
-            console.print(table)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    for table in tables(compare(settings, console)):
+        console.print(table)
     return 0
 
 
 def compare(settings: Settings, console: rich.console.Console) -> list[dict[str, Any]]:
     """One row a mode, each appended to the results as soon as it is measured."""
+    in_range(settings)
+    check_folder(settings.results.parent, "the folder of --results")
+    if settings.results.is_dir():
+        raise ValueError(f"--results {settings.results} is a folder; name a file in it")
     modes = settings.mode.split(",")
     for mode in modes:
         one_of("mode", mode, MODES)
@@ -104,8 +106,6 @@ def planned(settings: Settings) -> tuple[Workload, Mesh, dict[str, Any]]:
     fsdp, tensor = sizes_of(settings.mesh, chips)
     given = {"batch": model.rows * fsdp, "length": model.length, "rank": model.rank}
     given |= {name: x for name in given if (x := getattr(settings, name)) is not None}
-    for name, least in (("batch", 1), ("length", 2), ("rank", 1)):
-        at_least(f"--{name}", given[name], least)
     if given["batch"] % fsdp:
         raise ValueError(
             f"--batch {given['batch']} rows cannot be shared by {fsdp} chips along fsdp; "

@@ -1,7 +1,5 @@
 """python -m experiments.sweep: see `experiments.sweep.command`."""
 
-import sys
-
 from experiments.sweep.command import main
 
-sys.exit(main())
+raise SystemExit(main())

@@ -18,15 +18,14 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
-import tyro
 from rich.console import Console
 
-from experiments.checks import at_least
-from experiments.finetune.checkpoint import claim, finish, read_result
-from experiments.finetune.command import checked_runs, show, terminal
-from experiments.finetune.config import Grid, RunConfig, shrunk
+from experiments.checks import Count
+from experiments.exits import reported
+from experiments.finetune.checkpoint import belongs, claim, finish, read_result
+from experiments.finetune.command import checked, show, terminal
+from experiments.finetune.config import Grid, RunConfig, read, runs
 from experiments.finetune.prepare import build, load_data
 from experiments.finetune.progress import shown
 from experiments.finetune.result import batch_ids, divergence, result_of, sizes_of
@@ -37,38 +36,33 @@ Result = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Command(Grid):
+class Together:
+    """How many runs share a step."""
+
+    at_once: Count | None = None
+    """Runs that are trained together, at most, to bound the memory; None: all of a method."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command(Together, Grid):
     """Train all learning rates and seeds of a method at once, and compare the methods.
 
     Example: python -m experiments.sweep --methods lora --learning-rates 1e-4,1e-3 --seeds 0,1,2
     """
 
-    at_once: int | None = None
-    """Runs that are trained together, at most, to bound the memory; None: all of a method."""
 
-
+@reported
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status, 1 if a run diverged."""
-    flags = (tyro.conf.FlagCreatePairsOff,)
-    command = tyro.cli(Command, args=argv, prog="python -m experiments.sweep", config=flags)
-    try:
-        failed = sweep(shrunk(command), terminal())
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        print(f"error: {error}; train fewer runs together with --at-once", file=sys.stderr)
-        return 2
-    return 1 if failed else 0
+    command = checked(read(argv, "python -m experiments.sweep", Command))
+    return 1 if sweep(command, terminal()) else 0
 
 
 def sweep(command: Command, console: Console) -> int:
     """Makes every run of the command, then the table and the plots; returns how many diverged."""
-    if command.at_once is not None:
-        at_least("--at-once", command.at_once, 1)
-    grid, results = checked_runs(command), []
+    grid, results = runs(command), []
+    for run in grid:
+        belongs(command.out / run.folder_name, run)
     for method in command.methods:
         results += of_method([run for run in grid if run.method == method], command, console)
     show(results, command.out, console)
