@@ -5,8 +5,7 @@
 32 x 64 positions, rank 8 on all 36 linear maps, random weights, in Flax NNX (the encoder of
 experiments.models, on (B T, D)) and in Linen (on (B, T, D)). A step is loss, gradients, update and
 new parameters, jitted with donated buffers. Embeddings are left out: they cost LoRA nothing, and
-full fine-tuning has 12 million more parameters with them. "sgd" rows have the least
-optimizer that there is: they compare the gradients alone.
+full fine-tuning has 12 million more parameters with them.
 """
 
 import pathlib
@@ -31,7 +30,7 @@ MINILM = BertConfig(
     num_attention_heads=12,
     intermediate_size=1536,
 )
-ADAPTED = ("adamw", "sgd", "factored", "full")  # rules that train the factors
+ADAPTED = ("adamw", "factored", "full")  # rules that train the factors
 TARGETS = r"layers(_|/)\d+/(attention/)?(query|key|value|out|up|down)"
 
 
@@ -154,14 +153,12 @@ def stepper(objective: Callable, tx: Any, trained: Any, *frozen: Any) -> Callabl
 
 def steppers(framework: str, model: Model) -> dict[str, Callable[[], None]]:
     """{variant: step} of one framework."""
-    tx = t5.transformations() | {"sgd": optax.sgd(t5.RATE)}
-    full = {name: stepper(model.full, tx[name], model.weights) for name in ("adamw", "sgd")}
-    adapted = {
-        name: stepper(model.adapted, tx[name], model.factors, model.base) for name in ADAPTED
+    tx = t5.transformations()
+    calls = {f"{framework} fine-tuning adamw": stepper(model.full, tx["adamw"], model.weights)}
+    return calls | {
+        f"{framework} lora {name}": stepper(model.adapted, tx[name], model.factors, model.base)
+        for name in ADAPTED
     }
-    calls = {f"fine-tuning {name}": call for name, call in full.items()}
-    calls |= {f"lora {name}": call for name, call in adapted.items()}
-    return {f"{framework} {name}": call for name, call in calls.items()}
 
 
 def measure(config: BertConfig, batch: int, length: int, rank: int, rounds: int) -> timing.Times:
@@ -180,7 +177,6 @@ def bounds(times: timing.Times) -> list[dict]:
         for over, under, most in (
             ("lora factored", "lora adamw", 1.08),
             ("lora adamw", "fine-tuning adamw", 0.95),
-            ("lora sgd", "fine-tuning sgd", 0.95),
         )
     ]
 

@@ -1,35 +1,84 @@
-"""What a flag's number may be: each check raises a ValueError that names the flag and its range."""
+"""What a flag's value may be: each check raises a ValueError that names the flag and its range."""
 
+import dataclasses
+import difflib
 import math
+import typing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Annotated, Any
+
+import numpy as np
+
+TINY, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
-def positive(flag: str, value: float) -> None:
-    """Finite and greater than 0."""
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(
-            f"{flag} must be a finite number greater than 0, such as 1e-4, not {value}"
-        )
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """From `least` to `most`: of whole numbers, or of what float32 makes of a number."""
+
+    least: float
+    most: float = 2**31 - 1
+
+    def check(self, flag: str, value: float) -> None:
+        """Raises a ValueError for a number outside; NaN is outside, and so is 1e-50, which is 0."""
+        held = value
+        if isinstance(value, float):
+            with np.errstate(over="ignore"):
+                held = float(np.float32(value))
+            held = 0.0 if abs(held) < TINY else held  # XLA takes smaller ones for 0
+        if self.least <= held <= self.most and bool(held) == bool(value):
+            return
+        rounded = held != value and held in (0, 1, math.inf)
+        why = f": float32 rounds it to {held:g}" if rounded else ""
+        bounds = f"{self.least:.10g} to {self.most:.10g}"  # ten digits hold every uint32
+        raise ValueError(f"{flag} {value} is out of range{why}; choose a number from {bounds}")
 
 
-def at_least(flag: str, value: float, least: int) -> None:
-    """Finite and no less than `least`."""
-    if not (math.isfinite(value) and value >= least):
-        raise ValueError(f"{flag} must be a finite number of at least {least}, not {value}")
+Count = Annotated[int, Range(1)]
+Positive = Annotated[float, Range(TINY, LARGEST)]
+NotNegative = Annotated[float, Range(0.0, LARGEST)]
+Share = Annotated[float, Range(0.0, float(np.nextafter(np.float32(1), np.float32(0))))]
 
 
-def below_one(flag: str, value: float) -> None:
-    """From 0 on, less than 1."""
-    if not 0 <= value < 1:
-        raise ValueError(f"{flag} must be at least 0 and less than 1, not {value}")
+def in_range(options: Any) -> None:
+    """Checks every field of a dataclass whose type names a Range, and every number of a list."""
+    for name, hint in typing.get_type_hints(type(options), include_extras=True).items():
+        value = getattr(options, name)
+        for bounds in ranges(hint) if value is not None else ():
+            for number in value if isinstance(value, tuple) else (value,):
+                bounds.check(f"--{name.replace('_', '-')}", number)
 
 
-def different(flag: str, values: tuple) -> None:
-    """No value twice."""
-    if len(set(values)) < len(values):
-        raise ValueError(f"{flag} {','.join(map(str, values))} names a value twice; once will do")
+def ranges(hint: Any) -> Iterator[Range]:
+    """Those in a type, however deep."""
+    if isinstance(hint, Range):
+        yield hint
+    for part in typing.get_args(hint):
+        yield from ranges(part)
+
+
+def different(flag: str, values: Sequence, written: Callable[[Any], str] = str) -> None:
+    """No two values that are written alike in the names of run folders."""
+    texts = [written(value) for value in values]
+    for text in texts:
+        if texts.count(text) > 1:
+            raise ValueError(
+                f"{flag} {','.join(map(str, values))} names {text} twice, and two runs cannot "
+                "share a folder; leave one out"
+            )
 
 
 def divides(flag: str, value: int, of: str, whole: int) -> None:
     """A divisor of `whole`, which is `of`."""
     if whole % value:
         raise ValueError(f"{flag} {value} does not divide {of}, {whole}; choose one that does")
+
+
+def one_of(what: str, name: str, known: Iterable[str]) -> str:
+    """`name`, if it is one of `known`; else a ValueError with the near misses and the list."""
+    known = list(known)
+    if name in known:
+        return name
+    near = difflib.get_close_matches(name, known, n=2, cutoff=0.4)
+    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    raise ValueError(f"unknown {what} {name!r}; {hint}there are {', '.join(known)}")

@@ -11,8 +11,10 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from experiments import data
 from experiments.data import glue, pydoc
+from experiments.data.batching import encode
+from experiments.data.task import Example, Task
+from experiments.data.tasks import TASKS, load_task
 from experiments.models import tiny
 
 TFDS = pathlib.Path(__file__).parents[2] / "shared" / "tfds"
@@ -27,7 +29,7 @@ needs_glue = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def splits():
-    return data.load("pydoc")
+    return load_task("pydoc")
 
 
 @functools.cache
@@ -132,12 +134,12 @@ def test_disturbing_moves_words_and_nothing_else(seed, row):
 @needs_glue
 @pytest.mark.parametrize("task", OFFICIAL)
 def test_glue_has_the_official_counts_and_labels(task):
-    splits = data.load(task, data_dir=TFDS)
+    splits = load_task(task, data_dir=TFDS)
     assert tuple(map(len, splits)) == OFFICIAL[task]
     assert set(e.label for e in splits.validation) == {0, 1}
     example = splits.train[-1]
     assert example.id == OFFICIAL[task][0] - 1
-    assert len(example.texts) == len(data.TASKS[task].fields)
+    assert len(example.texts) == len(TASKS[task].fields)
     assert all(isinstance(text, str) and text for text in example.texts)
     with pytest.raises(IndexError):
         splits.train[OFFICIAL[task][0]]
@@ -145,7 +147,7 @@ def test_glue_has_the_official_counts_and_labels(task):
 
 @needs_glue
 def test_iterating_a_glue_split_equals_indexing_it():
-    validation = data.load("mrpc", data_dir=TFDS).validation
+    validation = load_task("mrpc", data_dir=TFDS).validation
     assert list(validation) == [validation[i] for i in range(len(validation))]
 
 
@@ -154,17 +156,17 @@ def test_a_data_dir_without_the_task_names_the_folder_and_what_is_there():
     with pytest.raises(
         FileNotFoundError, match=r"no rte in .*glue/rte/<version>.*cola, mrpc, sst2"
     ):
-        data.load("rte", data_dir=TFDS)
+        load_task("rte", data_dir=TFDS)
 
 
 def test_an_empty_data_dir_says_so(tmp_path):
     with pytest.raises(FileNotFoundError, match="no GLUE task is there"):
-        data.load("cola", data_dir=tmp_path)
+        load_task("cola", data_dir=tmp_path)
 
 
 @needs_glue
 def test_other_labels_than_the_tasks_are_refused():
-    wrong = data.Task("cola", ("sentence",), ("acceptable", "unacceptable"), "matthews")
+    wrong = Task("cola", ("sentence",), ("acceptable", "unacceptable"), "matthews")
     with pytest.raises(ValueError, match=r"has the labels \('unacceptable', 'acceptable'\)"):
         glue.load(wrong, TFDS)
 
@@ -176,8 +178,8 @@ def test_without_a_network_the_error_says_data_dir(monkeypatch):
         raise ConnectionError("name resolution failed")
 
     monkeypatch.setattr(tfds, "builder", offline)
-    with pytest.raises(OSError, match=r"could not be downloaded \(name resolution.*--data-dir"):
-        data.load("cola")
+    with pytest.raises(OSError, match=r"could not be downloaded \(ConnectionError: .*--data-dir"):
+        load_task("cola")
 
 
 def test_importing_the_package_does_not_import_tfds():
@@ -189,30 +191,30 @@ def test_importing_the_package_does_not_import_tfds():
 
 def test_an_unknown_task_is_told_the_near_miss():
     with pytest.raises(ValueError, match=r"unknown task 'sst-2'; did you mean 'sst2'"):
-        data.load("sst-2")
+        load_task("sst-2")
 
 
 def test_a_label_out_of_range_names_task_and_example():
     with pytest.raises(ValueError, match=r"cola, example 7: label -1 is not in 0\.\.1"):
-        data.TASKS["cola"].example(("A sentence.",), -1, 7)
+        TASKS["cola"].example(("A sentence.",), -1, 7)
 
 
 @pytest.mark.parametrize(("label", "num_labels"), [(2, 2), (-1, 2), (-1, None)])
 def test_encode_refuses_a_label_out_of_range(label, num_labels):
-    examples = [data.Example(("one",), 0, 0), data.Example(("two",), label, 1)]
+    examples = [Example(("one",), 0, 0), Example(("two",), label, 1)]
     with pytest.raises(ValueError, match=f"example 1: label {label} is not in"):
-        data.encode(examples, tiny.tokenizer(), 16, num_labels=num_labels)
+        encode(examples, tiny.tokenizer(), 16, num_labels=num_labels)
 
 
 def test_encode_refuses_an_empty_split():
     with pytest.raises(ValueError, match="no examples to encode"):
-        data.encode([], tiny.tokenizer(), 16)
+        encode([], tiny.tokenizer(), 16)
 
 
 def test_encode_truncates_pairs_and_leaves_the_tokenizer_alone():
     tokenizer = tiny.tokenizer()
-    examples = [data.Example(("the " * 40, "a b c"), 1, 5), data.Example(("x", "y"), 0, 6)]
-    encoded = data.encode(examples, tokenizer, 16, num_labels=2)
+    examples = [Example(("the " * 40, "a b c"), 1, 5), Example(("x", "y"), 0, 6)]
+    encoded = encode(examples, tokenizer, 16, num_labels=2)
     assert encoded.lengths.tolist() == [16, 5]
     assert encoded.segments[-5:].tolist() == [0, 0, 0, 1, 1]
     assert encoded.ids.tolist() == [5, 6]

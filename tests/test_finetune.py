@@ -22,10 +22,13 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from experiments import config, finetune, methods, models, prepare, programs, train
-from experiments.config import RATES, Command, RunConfig
+from experiments import models
 from experiments.data.batching import BUCKETS
-from experiments.methods import METHODS
+from experiments.finetune import command as finetune
+from experiments.finetune import config, methods, prepare, programs
+from experiments.finetune.config import RATES, Command, RunConfig
+from experiments.finetune.methods import METHODS
+from experiments.finetune.result import thinned
 from experiments.models import t5_files, t5_tiny
 from experiments.models import tiny as tiny_model
 
@@ -82,7 +85,6 @@ def test_every_method_leaves_a_complete_record(all_methods):
         assert set(record["final"]) == {"accuracy", "f1", "matthews", "loss"}
         assert {"train", "compile", "evaluate", "checkpoint"} <= set(record["seconds"])
         assert record["step_memory_bytes"] > record["trainable_bytes"] > 0
-        assert record["process_peak_bytes"] > 0
         assert {"commit", "versions", "time"} <= set(record["provenance"])
         assert len(record["losses"]) == 16
     for image in ("loss.png", "metric.png"):
@@ -115,8 +117,8 @@ def test_the_lora_methods_train_adapters_and_head_only(all_methods):
 def test_a_complete_run_does_nothing(all_methods, capsys, monkeypatch):
     out, _ = all_methods
     before = {p: p.stat().st_mtime_ns for p in out.glob("*/*") if p.name != ".lock"}
-    monkeypatch.setattr(train, "train", None)
-    monkeypatch.setattr(prepare, "load_data", None)
+    monkeypatch.setattr("experiments.finetune.run.train", None)
+    monkeypatch.setattr("experiments.finetune.run.load_data", None)
     flags = {"methods": ",".join(METHODS), "epochs": 2, "learning_rates": "1e-2"}
     assert finetune.main(tiny(out, **flags)) == 0
     assert capsys.readouterr().out.count("complete, nothing to do") == len(METHODS)
@@ -223,7 +225,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_for_good(tmp_path, capsys, monk
     assert not (folder / "final.safetensors").exists()
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
     # It is not made again, and still fails.
-    monkeypatch.setattr(train, "train", None)
+    monkeypatch.setattr("experiments.finetune.run.train", None)
     assert finetune.main(flags) == 1
     again = capsys.readouterr()
     assert again.err == shown.err
@@ -234,15 +236,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_for_good(tmp_path, capsys, monk
     ("flags", "message"),
     [
         ({"methods": "lorapro"}, "unknown method 'lorapro'; did you mean 'lorapro-"),
-        ({"methods": "full,full"}, "--methods full,full names a value twice"),
+        ({"methods": "full,full"}, "--methods full,full names full twice"),
         ({"model": "minilmm"}, "unknown model 'minilmm'; did you mean 'minilm'"),
         ({"task": "mrcp"}, "unknown task 'mrcp'; did you mean 'mrpc'"),
-        ({"learning_rates": "0"}, "--learning-rates must be a finite number greater than 0"),
-        ({"learning_rates": "1e-4,-1"}, "not -1.0"),
-        ({"learning_rates": "nan"}, "not nan"),
-        ({"learning_rates": "inf"}, "not inf"),
+        (
+            {"learning_rates": "0"},
+            "--learning-rates 0.0 is out of range; choose a number",
+        ),
+        ({"learning_rates": "1e-4,-1"}, "--learning-rates -1.0 is"),
+        ({"learning_rates": "nan"}, "--learning-rates nan is out of range;"),
+        ({"learning_rates": "inf"}, "--learning-rates inf is out of range;"),
         ({"head_learning_rate": "nan"}, "--head-learning-rate"),
-        ({"rank": "0"}, "--rank must be a finite number of at least 1"),
+        ({"rank": "0"}, "--rank 0 is out of range; choose a number from 1 to"),
         ({"epochs": "0"}, "--epochs"),
         ({"warmup_ratio": "1"}, "--warmup-ratio"),
         ({"clip_norm": "nan"}, "--clip-norm"),
@@ -357,12 +362,12 @@ def test_dropout_is_drawn_from_seed_and_step():
 
 def test_a_curve_is_thinned_by_means():
     losses = np.random.default_rng(0).normal(size=950).tolist()
-    points = np.array(finetune.thinned(losses, 200))
+    points = np.array(thinned(losses, 200))
     assert len(points) == 200
     assert points[-1, 0] == 950
     lengths = np.diff(np.concatenate([[0], points[:, 0]]))
     assert np.sum(lengths * points[:, 1]) == pytest.approx(np.sum(losses))
-    assert finetune.thinned([1.0, 2.0], 200) == [[1, 1.0], [2, 2.0]]
+    assert thinned([1.0, 2.0], 200) == [[1, 1.0], [2, 2.0]]
 
 
 def test_a_length_is_compiled_for_only_where_it_saves_more_padding():

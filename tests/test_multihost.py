@@ -27,7 +27,8 @@ import pytest
 import safetensors.numpy
 from test_finetune import tiny
 
-from experiments import finetune, preemption
+from experiments.finetune import command as finetune
+from experiments.finetune import preemption
 
 pytestmark = pytest.mark.slow
 
@@ -205,13 +206,13 @@ def test_processes_with_different_options_all_stop(tmp_path, cache):
 SHARDED = """
 import json, sys
 import jax
-from experiments import config, devices, finetune, prepare
+from experiments.finetune import config, devices, command as finetune, prepare
 devices.SMALLEST = 1
 argv = json.loads(sys.argv[1])
 assert finetune.main(argv) == 0
 command = config.read(argv, "")
 run = config.runs(command)[-1]
-setup, params = prepare.build(run, prepare.load_data(run, None), devices.of(command))
+setup, params = prepare.build(run, prepare.load_data(run, None), devices.devices_of(command))
 params = setup.devices.place(params)
 trees = {"params": params, "frozen": setup.frozen, "state": setup.programs.init(params)}
 print(json.dumps({

@@ -14,8 +14,9 @@ import pytest
 from flax import nnx
 from test_finetune import run_config, tiny
 
-from experiments import finetune, methods, prepare, programs
-from experiments.methods import METHODS, Peaks
+from experiments.finetune import command as finetune
+from experiments.finetune import methods, prepare, programs
+from experiments.finetune.methods import METHODS, Peaks
 
 ROOT = pathlib.Path(__file__).parents[1]
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -63,7 +64,7 @@ def test_a_sweep_over_several_devices_ends_as_alone(tmp_path):
     commands = [tiny(tmp_path / name, seeds=seeds, **flags)
                 for name, seeds in (("swept", "0,1"), ("alone", "1"))]  # fmt: skip
     script = (
-        "from experiments import finetune, programs\n"
+        "from experiments.finetune import command as finetune, programs\n"
         f"for command in {commands}:\n"
         "    programs.clear()\n"
         "    assert finetune.main(command) == 0\n"

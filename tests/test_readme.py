@@ -8,8 +8,10 @@ import sys
 
 import pytest
 
-from experiments import config, finetune
-from experiments.methods import METHODS
+from experiments.configs import CONFIGS
+from experiments.finetune import command as finetune
+from experiments.finetune import config
+from experiments.finetune.methods import METHODS
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = {
@@ -99,7 +101,7 @@ def test_the_launch_guides_command_is_understood():
     (line,) = re.findall(r"python -m experiments\.finetune ([^']*)'", launch)
     command = config.read(shlex.split(line), "finetune")
     assert command.distributed
-    grid = finetune.checked_runs(command)
+    grid = config.runs(finetune.checked(command))
     assert len(grid) == 15
     assert f"[1/15] {grid[0].folder_name}: step" in PAGES["pods.md"]
     assert command.batch_size == 2 * 16
@@ -112,6 +114,14 @@ def test_ci_runs_the_readmes_test_command():
         ["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert found.stdout.strip() == SHELL[1]
+
+
+def test_the_main_job_and_the_tables_command_have_configurations():
+    (table,) = (body for body in blocks("text", "results.md") if "experiments.finetune" in body)
+    for line, name in ((SHELL[0], "minilm_pydoc"), (table, "minilm_sst2")):
+        printed = config.read(commands(line)[-1][3:], "finetune")
+        assert config.runs(printed) == config.runs(CONFIGS[name])
+        assert f"--config {name}" in sys.modules[f"experiments.configs.{name}"].__doc__
 
 
 @pytest.mark.slow

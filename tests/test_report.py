@@ -8,8 +8,11 @@ import re
 import numpy as np
 import pytest
 
-from experiments import paper, plots, pod_tables, report, summary
-from experiments.config import CONFIGS, RunConfig, runs
+from experiments.configs import CONFIGS
+from experiments.finetune.config import RunConfig, runs
+from experiments.report import page as report_page
+from experiments.report import paper, plots, summary
+from experiments.report import tables as report
 
 FACTS = pathlib.Path(__file__).parents[2] / "shared" / "PAPER.md"
 PROVENANCE = {
@@ -93,20 +96,26 @@ def test_the_notes_state_the_share_of_the_data_and_what_else_differs(records):
 
 
 def test_only_what_stands_between_the_markers_is_replaced():
-    text = f"# A\n{report.BEGIN}\nold\n{report.END}\nrest\n"
-    once = report.splice(text, "new")
+    text = f"# A\n{report_page.BEGIN}\nold\n{report_page.END}\nrest\n"
+    once = report_page.splice(text, "new")
     assert once.startswith("# A\n")
-    assert once.endswith(f"{report.END}\nrest\n")
+    assert once.endswith(f"{report_page.END}\nrest\n")
     assert "old" not in once
-    assert report.splice(once, "new") == once
+    assert report_page.splice(once, "new") == once
 
 
 @pytest.mark.parametrize(
-    "text", ["", report.BEGIN, f"{report.END}\n{report.BEGIN}", f"{report.BEGIN}{report.END}" * 2]
+    "text",
+    [
+        "",
+        report_page.BEGIN,
+        f"{report_page.END}\n{report_page.BEGIN}",
+        f"{report_page.BEGIN}{report_page.END}" * 2,
+    ],
 )
 def test_a_page_without_its_markers_is_an_error(text):
     with pytest.raises(ValueError, match="results:begin"):
-        report.splice(text, "new")
+        report_page.splice(text, "new")
 
 
 def _write(folder, records, name="a.jsonl"):
@@ -117,16 +126,16 @@ def _write(folder, records, name="a.jsonl"):
 def test_the_command_writes_table_and_plots_into_the_page(tmp_path, records, capsys):
     _write(tmp_path / "results", [*records, {"kind": "bench", "anything": 1}])
     page = tmp_path / "results.md"
-    page.write_text(f"# A\n\n{report.BEGIN}\n{report.END}\n\n## B\n")
+    page.write_text(f"# A\n\n{report_page.BEGIN}\n{report_page.END}\n\n## B\n")
     argv = ["--results", str(tmp_path / "results"), "--page", str(page)]
-    assert report.main(argv) == 0
+    assert report_page.main(argv) == 0
     text = page.read_text()
     assert "0.7233 ± 0.0153" in text
     images = re.findall(r"!\[.+\]\((.+)\)", text)
     assert len(images) == 2
     for image in images:
         assert (tmp_path / image).read_bytes().startswith(b"\x89PNG")
-    assert report.main(argv) == 0
+    assert report_page.main(argv) == 0
     assert page.read_text() == text
     assert "wrote" in capsys.readouterr().out
 
@@ -135,7 +144,7 @@ def test_a_missing_marker_is_found_before_anything_is_written(tmp_path, records,
     _write(tmp_path / "results", records)
     (tmp_path / "results.md").write_text("# A\n")
     argv = ["--results", str(tmp_path / "results"), "--page", str(tmp_path / "results.md")]
-    assert report.main(argv) == 2
+    assert report_page.main(argv) == 2
     assert "results:begin" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "results").iterdir()] == ["a.jsonl"]
 
@@ -147,9 +156,17 @@ def test_a_result_that_is_there_twice_is_an_error(tmp_path):
         summary.read(tmp_path)
 
 
-def test_a_broken_line_is_named(tmp_path):
-    (tmp_path / "a.jsonl").write_text(json.dumps(record()) + '\n{"kind": "fine')
-    with pytest.raises(ValueError, match=r"a.jsonl:2 is not JSON"):
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"kind": "fine', "is not JSON"),
+        (b"\xff\xfe\x00", "is not JSON"),
+        (b'{"kind": "finetune", "final": {}}', "lacks config, metric"),
+    ],
+)
+def test_a_broken_line_is_named(tmp_path, line, message):
+    (tmp_path / "a.jsonl").write_bytes(json.dumps(record()).encode() + b"\nnull\n[]\n" + line)
+    with pytest.raises(ValueError, match=f"a.jsonl:4 {message}"):
         summary.read(tmp_path)
 
 
@@ -163,29 +180,6 @@ def test_smoothing_keeps_a_line_and_a_constant():
     line = np.arange(100.0)
     half = 100 // (2 * plots.SMOOTHED_OVER)
     np.testing.assert_allclose(plots.smoothed(line)[half:-half], line[half:-half])
-
-
-def test_a_pod_row_with_step_and_update_stands_in_both_tables():
-    sizes = dict.fromkeys(["frozen_bytes", "trained_bytes", "state_bytes", "temporary_bytes"], 1e9)
-    costs = {"flops": 4e12, "memory_traffic_bytes": 4e9, "sent_bytes": 4e9}
-    row = {
-        "variant": "lora", "config": {"model": "m", "topology": "v5e:4x4", "rank": None},
-        "batch": 512, "fsdp": 16, "length": 1024, "rank": 8,
-        "total_bytes": 4e9, **sizes, **costs, "update": {k: v / 100 for k, v in costs.items()},
-    }  # fmt: skip
-    made = pod_tables.tables([row | {"total_bytes": 9e9}, row])
-    assert "**m**, 32 x 1,024 tokens a chip, rank 8." in made
-    assert "| v5e:4x4 | lora | 2 | 1,000 | 1 | 4 | 4 | 4 | 4 |" in made
-    assert made.count("(1.0000%)") == 3
-
-
-def test_an_update_whose_step_was_not_compiled_has_no_share():
-    update = {"flops": 4e6, "memory_traffic_bytes": 5e6, "sent_bytes": 6e6}
-    row = {
-        "variant": "full", "config": {"model": "m", "topology": "v5e:4x4", "rank": 4},
-        "batch": 16, "fsdp": 16, "length": 128, "update": update,
-    }  # fmt: skip
-    assert "| v5e:4x4 | full | 4 | 5 | 6 |" in pod_tables.tables([row])
 
 
 def _paper_cells(records) -> dict[str, dict[str, str]]:

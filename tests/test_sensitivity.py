@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from test_report import record
 
-from experiments import plots, report, sensitivity, summary
+from experiments.report import page as report_page
+from experiments.report import plots, sensitivity, summary
+from experiments.report import tables as report
 
 RATES = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3]
 MEANS = {  # at RATES
@@ -158,7 +160,7 @@ def test_a_method_that_diverged_everywhere_is_in_every_table_and_plot(tmp_path):
         "training loss", "headline metric by learning rate", "validation loss by learning rate",
     }  # fmt: skip
     assert report.markdown_table(rows).count("diverged (3 of 3)") == len(RATES)
-    assert "diverged (3 of 3)" in report.text_of(rows)[0]
+    assert "diverged (3 of 3)" in report_page.text_of(rows)[0]
     alone = [r for r in rows if r.method == "lora"]
     plots.draw(alone[:2], tmp_path)  # bars of nothing but runs that diverged
 
@@ -174,8 +176,8 @@ def _page(tmp_path, records) -> str:
     results, page = tmp_path / "results", tmp_path / "results.md"
     results.mkdir(exist_ok=True)
     (results / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    page.write_text(f"{report.BEGIN}\n{report.END}\n")
-    assert report.main(["--results", str(results), "--page", str(page)]) == 0
+    page.write_text(f"{report_page.BEGIN}\n{report_page.END}\n")
+    assert report_page.main(["--results", str(results), "--page", str(page)]) == 0
     return page.read_text()
 
 

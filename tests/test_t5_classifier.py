@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import data
 from experiments.data.prompts import PROMPTS
+from experiments.data.task import Example
+from experiments.data.tasks import TASKS, task_named
 from experiments.models import t5, t5_files
 from experiments.models.t5_classifier import T5Classifier, answers_of, branchings
 
@@ -132,19 +133,19 @@ EXPECTED = {
 
 @pytest.mark.parametrize("task", EXPECTED)
 def test_the_prompts_are_the_papers(task):
-    spec, (text, words) = data.get(task), EXPECTED[task]
+    spec, (text, words) = task_named(task), EXPECTED[task]
     texts = ("A", "B")[: len(spec.fields)]
-    example = PROMPTS[task].example(spec, data.Example(texts, 1, 7))
-    assert example == data.Example((text,), 1, 7)
+    example = PROMPTS[task].example(spec, Example(texts, 1, 7))
+    assert example == Example((text,), 1, 7)
     assert list(PROMPTS[task].words) == words
 
 
 def test_every_task_has_a_prompt_and_braces_in_a_text_stay():
-    assert PROMPTS.keys() == data.TASKS.keys()
-    for name, task in data.TASKS.items():
+    assert PROMPTS.keys() == TASKS.keys()
+    for name, task in TASKS.items():
         assert len(PROMPTS[name].words) == len(task.labels)
         texts = ("{0} {sentence} {}", "{x}")[: len(task.fields)]
-        (text,) = PROMPTS[name].example(task, data.Example(texts, 0, 0)).texts
+        (text,) = PROMPTS[name].example(task, Example(texts, 0, 0)).texts
         assert all(part in text for part in texts)
 
 

@@ -17,10 +17,10 @@ import pytest
 from tensorboardX.proto import event_pb2
 from test_finetune import run_config, tiny, two_pairs
 
-from experiments import (
+from experiments.finetune import command as finetune
+from experiments.finetune import (
     config,
     devices,
-    finetune,
     hosts,
     preemption,
     prepare,
@@ -126,7 +126,7 @@ def told_at(monkeypatch, step: int, number: int = signal.SIGTERM):
             yield observe_and_tell
 
     with monkeypatch.context() as patched:
-        patched.setattr(progress, "shown", shown_and_told)
+        patched.setattr("experiments.finetune.run.shown", shown_and_told)
         yield
 
 
@@ -151,7 +151,13 @@ def test_a_run_told_to_end_saves_and_goes_on_as_if_nothing_were(
         assert max(path.name for path in checkpoints.iterdir()) == stopped[1]
         assert not (tmp_path / NAME / "result.json").exists()
     assert signal.getsignal(signal.SIGTERM) is before
+    # One bit of the second checkpoint is lost on the disk: the first one serves.
+    file = max((checkpoints / stopped[1] / "arrays").rglob("d/*"), key=lambda x: x.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
     assert finetune.main(tiny(tmp_path, **FLAGS)) == 0
+    assert f"{file} is damaged" in capsys.readouterr().err
     for name in ("final.safetensors", "metrics.jsonl"):
         assert (tmp_path / NAME / name).read_bytes() == (whole / name).read_bytes()
 
@@ -245,7 +251,7 @@ def test_jaxs_variables_ask_for_a_distributed_run_and_flags_go_first(monkeypatch
 
 
 def test_one_device_needs_no_mesh():
-    alone = devices.of(config.Command())
+    alone = devices.devices_of(config.Command())
     batch = {"tokens": np.zeros((2, 3), np.int32)}
     assert alone.mesh is None
     assert alone.count == 1
@@ -254,17 +260,39 @@ def test_one_device_needs_no_mesh():
     assert hosts.once(lambda: 7) == 7
 
 
+def test_every_process_has_the_answer_or_the_error_of_the_first(monkeypatch):
+    sent = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(hosts, "_broadcast", lambda data: sent.append(data or sent[0]) or sent[0])
+
+    def full():
+        raise OSError(28, "No space left", "/runs/x")
+
+    def of(first: bool, make):
+        monkeypatch.setattr(hosts, "is_first", lambda: first)
+        return hosts.once(make)
+
+    answer = {"final": {"loss": 1 / 3}, "losses": [[1, 0.1 + 0.2]]}
+    assert of(True, lambda: answer) == of(False, lambda: pytest.fail("called")) == answer
+    sent.clear()
+    for first in (True, False):
+        with pytest.raises(OSError, match="No space left") as caught:
+            of(first, full)
+        assert (caught.value.errno, caught.value.filename) == (28, "/runs/x")
+    assert json.loads(sent[0]) == {"error": ["OSError", [28, "No space left", "/runs/x"]]}
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         ({"accumulate": "3"}, "--accumulate 3 does not divide --batch-size, 8"),
-        ({"accumulate": "0"}, "--accumulate must be a finite number of at least 1"),
+        ({"accumulate": "0"}, "--accumulate 0 is out of range"),
         ({"fsdp": "2"}, "--fsdp 2 does not divide the 1 devices of this run"),
-        ({"devices": "0"}, "--devices must be a finite number of at least 1"),
+        ({"devices": "0"}, "--devices 0 is out of range"),
         ({"devices": "1000"}, "set JAX_NUM_CPU_DEVICES=1000"),
         ({"coordinator": "localhost:1"}, "need --distributed"),
         ({"timeout": "0"}, "--timeout"),
-        ({"keep": "0"}, "--keep must be a finite number of at least 1"),
+        ({"keep": "0"}, "--keep 0 is out of range"),
         ({"evaluate_every": "-1"}, "--evaluate-every"),
         ({"profile_steps": "5"}, "--profile-steps 5 is not FIRST,LAST"),
         ({"profile_steps": "5,2"}, "such as 10,20"),

@@ -16,6 +16,7 @@ import grain
 import numpy as np
 import tokenizers
 
+from experiments.checks import Range, divides
 from experiments.data.task import Example, check_label
 
 BUCKETS = (16, 32, 48, 64, 96, 128)
@@ -61,14 +62,9 @@ def encode(
 ) -> Encoded:
     """Tokenises every example, cutting the longer text first where a row exceeds `max_length`.
 
-    Args:
-        examples: the examples of a split.
-        tokenizer: is left unchanged.
-        max_length: tokens a row may have, special tokens included.
-        num_labels: labels must be below it; without it, they must not be negative.
-
     Raises:
-        ValueError: a label is out of range, there are no examples, or the tokenizer cannot pad.
+        ValueError: a label is not below `num_labels`, or negative; there are no examples; or the
+            tokenizer cannot pad.
     """
     cutting = copy.deepcopy(tokenizer)
     cutting.no_padding()
@@ -77,16 +73,17 @@ def encode(
     remaining = iter(examples)
     while chunk := list(itertools.islice(remaining, _CHUNK)):
         rows = cutting.encode_batch([e.texts if len(e.texts) > 1 else e.texts[0] for e in chunk])
-        tokens.append(np.fromiter(itertools.chain.from_iterable(r.ids for r in rows), np.int32))
-        segments.append(
-            np.fromiter(itertools.chain.from_iterable(r.type_ids for r in rows), np.int32)
-        )
+        chain = itertools.chain.from_iterable
+        tokens.append(np.fromiter(chain(row.ids for row in rows), np.int32))
+        segments.append(np.fromiter(chain(row.type_ids for row in rows), np.int32))
         lengths += [len(row.ids) for row in rows]
         labels += [example.label for example in chunk]
         ids += [example.id for example in chunk]
     if not lengths:
         raise ValueError("there are no examples to encode; is the split empty?")
-    _check_labels(labels, ids, num_labels)
+    limit = num_labels or max(*labels, 0) + 1
+    for label, example_id in zip(labels, ids, strict=True):
+        check_label(label, limit, f"example {example_id}")
     return Encoded(
         np.concatenate(tokens),
         np.concatenate(segments),
@@ -95,12 +92,6 @@ def encode(
         np.array(ids, np.int32),
         _pad_id(tokenizer),
     )
-
-
-def _check_labels(labels: list[int], ids: list[int], num_labels: int | None) -> None:
-    limit = max(labels) + 1 if num_labels is None else num_labels
-    for label, example_id in zip(labels, ids, strict=True):
-        check_label(label, max(limit, 1), f"example {example_id}")
 
 
 def _pad_id(tokenizer: tokenizers.Tokenizer) -> int:
@@ -131,14 +122,22 @@ class Batches:
 
     encoded: Encoded
     batch_size: int
-    buckets: Sequence[int]
+    buckets: tuple[int, ...]
     seed: int | None
     epochs: int
     process_index: int
     process_count: int
 
     def __post_init__(self):
-        _check_sizes(self)
+        for name in ("batch_size", "epochs", "process_count"):
+            Range(1).check(name, getattr(self, name))
+        divides("process_count", self.process_count, "batch_size", self.batch_size)
+        longest = int(self.encoded.lengths.max())
+        if longest > self.buckets[-1]:
+            raise ValueError(
+                f"a row has {longest} tokens, the longest bucket holds {self.buckets[-1]}; encode "
+                f"with max_length <= {self.buckets[-1]} or add a longer bucket"
+            )
 
     @property
     def per_epoch(self) -> int:
@@ -150,17 +149,12 @@ class Batches:
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         epoch, index = divmod(range(len(self))[step], self.per_epoch)
-        rows = self._order(epoch)[index]
-        length = self._bucket(int(self.encoded.lengths[rows].max()))
+        rows = _epoch_order(self, epoch)[index]
+        longest = self.encoded.lengths[rows].max()
+        length = next(bucket for bucket in self.buckets if bucket >= longest)
         share = self.batch_size // self.process_count
         mine = rows[share * self.process_index : share * (self.process_index + 1)]
         return _batch(self.encoded, mine, share, length)
-
-    def _bucket(self, longest: int) -> int:
-        return next(bucket for bucket in self.buckets if bucket >= longest)
-
-    def _order(self, epoch: int) -> list[np.ndarray]:
-        return _epoch_order(self, 0 if self.seed is None else epoch)
 
 
 @functools.lru_cache(maxsize=4)
@@ -206,7 +200,7 @@ def train_batches(
     encoded: Encoded,
     batch_size: int,
     *,
-    seed: int,
+    seed: int | None,
     epochs: int,
     buckets: Sequence[int] = BUCKETS,
     process_index: int = 0,
@@ -218,57 +212,21 @@ def train_batches(
 
     Args:
         encoded: the rows.
-        batch_size: rows of a batch over all processes.
-        seed: draws the order; the same seed gives the same batches bit for bit.
+        batch_size: rows of a batch over all processes, which divide it.
+        seed: draws the order, the same batches bit for bit; None: sorted by length.
         epochs: how often every row comes.
         buckets: lengths a batch may have, ascending.
         process_index: which process this is.
-        process_count: processes that share every batch; it divides `batch_size`.
+        process_count: processes that share every batch.
 
     Returns:
         Batches of "tokens", "segments" int32 (B, T), "mask" bool (B, T), "labels" int32 (B,),
         "weights" float32 (B,), 0 for a row that is no example, and "ids" int32 (B,), there -1.
-
-    Raises:
-        ValueError: a size is not positive, or a row is longer than the last bucket.
     """
-    source = Batches(
-        encoded, batch_size, tuple(buckets), seed, epochs, process_index, process_count
-    )
-    return grain.MapDataset.source(source)
+    sizes = batch_size, tuple(buckets), seed, epochs, process_index, process_count
+    return grain.MapDataset.source(Batches(encoded, *sizes))
 
 
-def eval_batches(
-    encoded: Encoded,
-    batch_size: int,
-    *,
-    buckets: Sequence[int] = BUCKETS,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> grain.MapDataset:
+def eval_batches(encoded: Encoded, batch_size: int, **share) -> grain.MapDataset:
     """Every row once, sorted by length; batches as in `train_batches`."""
-    source = Batches(encoded, batch_size, tuple(buckets), None, 1, process_index, process_count)
-    return grain.MapDataset.source(source)
-
-
-def _check_sizes(batches: Batches) -> None:
-    for name in ("batch_size", "epochs", "process_count"):
-        if getattr(batches, name) < 1:
-            raise ValueError(f"{name} is {getattr(batches, name)}; it must be at least 1")
-    if batches.batch_size % batches.process_count:
-        raise ValueError(
-            f"batch_size {batches.batch_size} cannot be shared by {batches.process_count} "
-            "processes; make it a multiple of them"
-        )
-    if not 0 <= batches.process_index < batches.process_count:
-        raise ValueError(
-            f"process_index {batches.process_index} is not in 0..{batches.process_count - 1}"
-        )
-    if list(batches.buckets) != sorted(set(batches.buckets)) or not batches.buckets:
-        raise ValueError(f"buckets {batches.buckets} must be ascending lengths, at least one")
-    longest = int(batches.encoded.lengths.max())
-    if longest > batches.buckets[-1]:
-        raise ValueError(
-            f"a row has {longest} tokens, the longest bucket holds {batches.buckets[-1]}; "
-            f"encode with max_length <= {batches.buckets[-1]} or add a longer bucket"
-        )
+    return train_batches(encoded, batch_size, seed=None, epochs=1, **share)

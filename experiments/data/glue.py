@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from experiments import storage
 from experiments.data.task import Example, Splits, Task
+from experiments.exits import first_line
 
 _PAIR = ("sentence1", "sentence2")
 _ENTAILMENT = ("entailment", "not_entailment")
@@ -92,8 +93,9 @@ def _downloaded(task: Task):
         builder.download_and_prepare()
     except Exception as error:  # TFDS wraps network errors in many types of its own
         raise OSError(
-            f"glue/{task.name} is not in TFDS's folder and could not be downloaded ({error}); "
-            "without a network, pass --data-dir with prepared data, or use --task pydoc"
+            f"glue/{task.name} is not in {tfds.core.constants.DATA_DIR} and could not be "
+            f"downloaded ({first_line(error)}); without a network, pass --data-dir with prepared "
+            "data, or use --task pydoc"
         ) from error
     return builder
 

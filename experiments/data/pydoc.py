@@ -40,26 +40,12 @@ _OPENING = re.compile(r'[A-Z][a-z]*(’s)?[ ,]|"[^"]+" [a-z]')
 
 def load(seed: int = 0) -> Splits:
     """The task drawn with `seed`: which sentences are disturbed, how, and which validate."""
-    rng = _rng(seed)
-    return Splits(*(_label(split, rng) for split in _split(rng)))
-
-
-def training_prose(seed: int = 0) -> list[str]:
-    """The sentences of the training split as they stand, none of them disturbed."""
-    return _split(_rng(seed))[0]
-
-
-def _rng(seed: int) -> np.random.Generator:
-    return np.random.Generator(np.random.PCG64([seed, *b"pydoc"]))
-
-
-def _split(rng: np.random.Generator) -> tuple[list[str], list[str]]:
-    """The sentences that train and those that validate, both in random order."""
+    rng = np.random.Generator(np.random.PCG64([seed, *b"pydoc"]))
     sentences = prose()
     held_out = _validation_rows(clusters(sentences), rng)
     rows = rng.permutation(len(sentences))
     train, validation = ([sentences[i] for i in rows if (i in held_out) == v] for v in (0, 1))
-    return train, validation
+    return Splits(_label(train, rng), _label(validation, rng))
 
 
 def prose() -> list[str]:

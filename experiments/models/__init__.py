@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import tokenizers
 from flax import nnx
 
-from experiments.config import one_of
-from experiments.data import Task
+from experiments.checks import one_of
 from experiments.data.prompts import PROMPTS
+from experiments.data.task import Task
 from experiments.models import minilm, t5, t5_files, t5_tiny, tiny
 from experiments.models.bert import BertClassifier, BertConfig, BertEncoder
 from experiments.models.t5_classifier import T5Classifier, answers_of

@@ -16,10 +16,11 @@ import tokenizers
 from flax import nnx
 from tokenizers import decoders, normalizers, pre_tokenizers, processors
 
-from experiments.checkpoint import write_atomic
+from experiments.exits import first_line
 from experiments.models import weights
 from experiments.models.t5 import T5
 from experiments.models.t5_config import T5Config
+from experiments.storage import write_atomic
 
 _INDEX, _WEIGHTS, _CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 _PATTERNS = [_CONFIG, "*.safetensors", _INDEX, "tokenizer.json", "spiece.model"]
@@ -73,7 +74,7 @@ def folder_of(model: str | pathlib.Path) -> pathlib.Path:
     except Exception as error:  # of the hub, of its HTTP library and of the file system
         raise FileNotFoundError(
             f"there is no folder {folder}, and the Hugging Face hub did not give {str(model)!r} "
-            f"({type(error).__name__}: {error}). Without a network, copy {_CONFIG}, {_WEIGHTS} and "
+            f"({first_line(error)}). Without a network, copy {_CONFIG}, {_WEIGHTS} and "
             "tokenizer.json or spiece.model from a connected machine into a folder, and pass that"
         ) from error
 

@@ -1,0 +1,32 @@
+"""The tasks an experiment can name, and their train and validation examples."""
+
+import os
+
+from experiments.checks import one_of
+from experiments.data import glue, pydoc
+from experiments.data.task import Splits, Task
+
+TASKS: dict[str, Task] = {task.name: task for task in (pydoc.TASK, *glue.TASKS)}
+
+
+def task_named(name: str) -> Task:
+    """The named task; a ValueError with the near misses if there is none of that name."""
+    return TASKS[one_of("task", name, TASKS)]
+
+
+def load_task(name: str, *, data_dir: str | os.PathLike | None = None, seed: int = 0) -> Splits:
+    """The train and validation splits of the named task.
+
+    Args:
+        name: a key of TASKS.
+        data_dir: where TFDS keeps prepared data; by default TFDS's own folder, filled by a download
+            if need be. pydoc reads nothing from it.
+        seed: draws pydoc's sentences; GLUE's splits are fixed.
+
+    Raises:
+        ValueError: the task is unknown.
+        FileNotFoundError: `data_dir` does not hold the task.
+        OSError: the data could not be downloaded.
+    """
+    task = task_named(name)
+    return pydoc.load(seed) if task is pydoc.TASK else glue.load(task, data_dir)

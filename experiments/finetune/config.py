@@ -1,0 +1,348 @@
+"""What a fine-tuning command asks for, and the runs it stands for: frozen dataclasses, checked.
+
+A command is a grid: methods x learning rates x seeds. Each point is one `RunConfig`, which holds
+everything that decides the final parameters, and nothing else: it is the identity of a run folder.
+The defaults are the set-up of the paper's GLUE table, except the epochs of the embedded task and
+the learning rates: the paper's is 1e-4 for all.
+"""
+
+import argparse
+import dataclasses
+import math
+import os
+import pathlib
+import re
+from typing import Annotated, Literal, TypeVar
+
+import tyro
+
+from experiments import checks, storage
+
+# The paper trains one epoch of 3,668 to 392,702 examples. `pydoc` has a few thousand, and one
+# command with four methods is to end within six minutes on two CPU cores.
+EPOCHS = {"pydoc": 2}
+PAPER_EPOCHS = 1
+
+# Each method's own peak rate: one shared rate would suit some and leave the others untrained. Full
+# and factored mode's is near full fine-tuning's; the factors of the other two want ten to twenty
+# times as much.
+RATES = {
+    "full": 1e-4,
+    "lora": 2e-3,
+    "lorapro-full": 2e-4,
+    "lorapro-factored": 2e-4,
+    "lorapro-adamw": 2e-3,
+}
+
+
+def _list_of(kind: type, metavar: str) -> tyro.constructors.PrimitiveConstructorSpec:
+    """Reads `a,b,c` as a tuple."""
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=lambda args: tuple(kind(x.strip()) for x in args[0].split(",")),
+        is_instance=lambda value: value is None or isinstance(value, tuple),
+        str_from_instance=lambda value: [",".join(map(str, value)) if value else str(value)],
+    )
+
+
+# pathlib would read gs://bucket as gs:/bucket.
+_PATH = tyro.constructors.PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="PATH",
+    instance_from_str=lambda args: storage.at(args[0]),
+    is_instance=lambda value: isinstance(value, pathlib.PurePath),
+    str_from_instance=lambda value: [str(value)],
+)
+
+
+SCALE = checks.Range(1e-9, 1e9)  # as `lorapro_jax` demands: its inverse is needed too
+
+# A rate as the names of run folders have it, to six digits.
+rate_name = "{:g}".format
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """What is trained."""
+
+    model: str = "minilm"
+    """minilm (a pretrained encoder), t5 (text to text), or tiny and t5-tiny (random, for tests)."""
+    weights: str | None = None
+    """For t5: a folder with a T5 as Hugging Face keeps it, or a name there; None: t5-base."""
+    remat: bool = False
+    """The backward pass computes every layer anew, for memory (XLA undoes it on a CPU)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the activations; parameters and optimizer state are float32."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """What it learns."""
+
+    task: str = "pydoc"
+    """pydoc (embedded, no download), or a GLUE task: cola, mrpc, sst2, rte, qnli, mnli."""
+    max_length: Annotated[int, checks.Range(3)] = 128  # [CLS], a token, [SEP]
+    """Tokens per example; longer ones are cut."""
+    train_examples: Annotated[int, checks.Range(0)] = 0
+    """Train on a subset of this size, drawn by the seed; 0: all."""
+    eval_examples: Annotated[int, checks.Range(0)] = 0
+    """Evaluate on a subset of this size, the same for every seed; 0: all."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """The low-rank factors of every method but full."""
+
+    rank: checks.Count = 8
+    """Rank r of the adapters."""
+    alpha: checks.Positive = 16.0
+    """The adapters' scale is alpha / r."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(r) instead."""
+    dropout: checks.Share = 0.0
+    """On the adapters' input, and on the encoder's pooled features or everywhere in a T5."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """Batches, schedule and Adam."""
+
+    epochs: checks.Count | None = None
+    """Passes over the training data; None: 2 for pydoc, 1 (the paper's) for the others."""
+    batch_size: Annotated[checks.Count, tyro.conf.arg(aliases=("--bs",))] = 32
+    """Examples per step."""
+    accumulate: checks.Count = 1
+    """Parts that a step's examples are worked through in, for memory; the step is the same."""
+    head_learning_rate: checks.Positive | None = None
+    """Peak rate of the fresh classification head in the LoRA methods; None: the adapters' rate."""
+    warmup_ratio: checks.Share = 0.03
+    """Share of the steps over which the rate rises; then it falls to 0 along a cosine."""
+    clip_norm: checks.NotNegative = 1.0
+    """Bound on the global norm of the raw gradients; 0: none."""
+    weight_decay: Annotated[checks.NotNegative, tyro.conf.arg(aliases=("--wd",))] = 0.0
+    """Decoupled decay; for lorapro-full and lorapro-factored, of the adapters' product."""
+    b1: checks.Share = 0.9
+    """Adam's decay of the first moment."""
+    b2: checks.Share = 0.999
+    """Adam's decay of the second moment."""
+    eps: checks.Positive = 1e-8
+    """Adam's epsilon."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training(Optimizer, Adapter, Data, Model):
+    """What all runs of a command share."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig(Training):
+    """One run: one method, learning rate and seed, with the epochs settled."""
+
+    method: str
+    learning_rate: float
+    seed: int
+    epochs: int
+
+    @property
+    def folder_name(self) -> str:
+        """<task>-<model>-<method>-lr<rate>-seed<seed>."""
+        rate = rate_name(self.learning_rate)
+        return f"{self.task}-{self.model}-{self.method}-lr{rate}-seed{self.seed}"
+
+    @property
+    def shared(self) -> "RunConfig":
+        """The configuration without rates and seed: of all runs that can share their programs."""
+        return dataclasses.replace(self, learning_rate=1.0, head_learning_rate=None, seed=0)
+
+    @property
+    def scale(self) -> float:
+        """The s of K0 + s a b."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """Which runs are made, and where they read and write."""
+
+    config: str | None = None
+    """A module of experiments/configs, which has the defaults of the other flags: minilm_pydoc,
+    minilm_sst2 or t5_glue."""
+    smoke: bool = False
+    """A few seconds of the same on a random tiny model, and on pydoc unless there is --data-dir;
+    it sets the epochs, the batches, the lengths and the examples, and takes the first seed."""
+    methods: Annotated[tuple[str, ...], _list_of(str, "NAME,NAME,...")] = tuple(RATES)
+    """Any of full, lora, lorapro-full, lorapro-factored, lorapro-adamw."""
+    learning_rates: Annotated[
+        tuple[checks.Positive, ...] | None,
+        _list_of(float, "RATE,RATE,..."),
+        tyro.conf.arg(aliases=("--lr",)),
+    ] = None
+    """Peak learning rates; every method is run with each. None: each method's own."""
+    seeds: Annotated[
+        tuple[Annotated[int, checks.Range(0, 2**32 - 1)], ...], _list_of(int, "N,N,...")
+    ] = (0,)
+    """Each decides a run's head, adapters, order of the data and dropout."""
+    data_dir: str | None = None
+    """Where the prepared GLUE tasks are, a folder or gs://...; pydoc needs none."""
+    out: Annotated[storage.Path, _PATH] = pathlib.Path("runs/finetune")
+    """Folder of the run folders, results.jsonl and the plots; or gs://..., which needs gcsfs."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Grid(Training, Run):
+    """Runs of several methods, learning rates and seeds."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+    """What is measured and saved, and when."""
+
+    checkpoint_every: Annotated[int, checks.Range(0)] = 100
+    """Steps between checkpoints, written while training goes on; 0: none before the end."""
+    keep: checks.Count = 2
+    """Checkpoints of a run that are kept until it is complete: the last ones."""
+    evaluate_every: Annotated[int, checks.Range(0)] = 0
+    """Steps between evaluations, beside those at the end of every epoch; 0: no others."""
+    evaluate_first: bool = False
+    """Evaluate before the first step too: what is wrong there should not cost an epoch."""
+    diagnose_every: Annotated[int, checks.Range(0)] = 0
+    """Steps between measurements of how close the steps are to full fine-tuning's; 0: never."""
+    tensorboard: bool = False
+    """Write what metrics.jsonl holds for TensorBoard too."""
+    profile_steps: Annotated[tuple[checks.Count, ...] | None, _list_of(int, "FIRST,LAST")] = None
+    """Steps to trace with JAX's profiler, into the run's folder."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Device:
+    """The devices and processes that share a run."""
+
+    devices: checks.Count | None = None
+    """Devices of this process that share every batch; None: one, or all if it is distributed."""
+    fsdp: checks.Count = 1
+    """Devices that share every parameter too, each holding a part: a divisor of all devices."""
+    distributed: bool = False
+    """This is one of several processes, which share --out; the cluster (Slurm, MPI, TPU) tells it
+    the following three, or they are given, or stand in JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES
+    and JAX_PROCESS_ID; the first of which asks for this as the flag does."""
+    coordinator: str | None = None
+    """host:port at which process 0 will listen."""
+    num_processes: checks.Count | None = None
+    """How many there are."""
+    process_id: Annotated[int, checks.Range(0)] | None = None
+    """Which this is, from 0."""
+    timeout: checks.Count = 100
+    """Seconds without a sign of life after which a process counts as dead, and all end."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command(Device, Record, Grid):
+    """Fine-tune a pretrained model by several methods and compare them.
+
+    Example: python -m experiments.finetune --methods full,lora,lorapro-factored
+    """
+
+
+AnyGrid = TypeVar("AnyGrid", bound=Grid)
+
+
+def read(argv: list[str] | None, prog: str, kind: type[AnyGrid] = Command) -> AnyGrid:
+    """The command that the arguments ask for; a usage error ends the process.
+
+    Each base of `kind` that has no bases itself is a group of flags in the help.
+    """
+    from experiments.configs import CONFIGS  # here, since they are made of a Command
+
+    chooser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
+    chooser.add_argument("--config")
+    chosen = chooser.parse_known_args(argv)[0].config
+    preset = CONFIGS[checks.one_of("configuration", chosen, CONFIGS)] if chosen else Command()
+    groups = []
+    for base in reversed(kind.__mro__):
+        if base.__bases__ == (object,):
+            names = [f.name for f in dataclasses.fields(base) if hasattr(preset, f.name)]
+            default = base(**{name: getattr(preset, name) for name in names})
+            groups.append((base.__name__.lower(), base, default))
+    form = dataclasses.make_dataclass(kind.__name__, groups)
+    form.__doc__ = kind.__doc__
+    flat = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+    found = vars(tyro.cli(form, args=argv, prog=prog, config=flat)).values()
+    command = kind(**{name: value for group in found for name, value in vars(group).items()})
+    return _with_environment(command) if isinstance(command, Device) else command
+
+
+def _with_environment(command: Command) -> Command:
+    """The command with what it leaves to JAX's variables; nothing if they name no coordinator."""
+    if "JAX_COORDINATOR_ADDRESS" not in os.environ:
+        return command
+    told = {"coordinator": os.environ["JAX_COORDINATOR_ADDRESS"]}
+    for name in ("num_processes", "process_id"):
+        if (number := os.environ.get(f"JAX_{name.upper()}")) is not None:
+            if not number.isdecimal():
+                raise ValueError(f"JAX_{name.upper()} is {number!r}; set it to a whole number")
+            told[name] = int(number)
+    left = {name: value for name, value in told.items() if getattr(command, name) is None}
+    return dataclasses.replace(command, distributed=True, **left)
+
+
+def shrunk(command: AnyGrid) -> AnyGrid:
+    """The command with --smoke carried out: the same methods on next to nothing."""
+    if not command.smoke:
+        return command
+    return dataclasses.replace(
+        command,
+        model="t5-tiny" if command.model.startswith("t5") else "tiny",
+        weights=None,
+        task=command.task if command.data_dir else "pydoc",
+        seeds=command.seeds[:1],
+        epochs=1,
+        batch_size=8,
+        accumulate=math.gcd(command.accumulate, 8),
+        max_length=32,
+        train_examples=64,
+        eval_examples=32,
+    )
+
+
+def runs(command: Grid) -> list[RunConfig]:
+    """The runs that a command stands for, in order; raises ValueError for what cannot be run."""
+    shared = {f.name: getattr(command, f.name) for f in dataclasses.fields(Training)}
+    if command.epochs is None:
+        shared["epochs"] = EPOCHS.get(command.task, PAPER_EPOCHS)
+    checks.in_range(command)
+    checks.divides("--accumulate", command.accumulate, "--batch-size", command.batch_size)
+    checks.different("--methods", command.methods)
+    checks.different("--learning-rates", command.learning_rates or (), rate_name)
+    checks.different("--seeds", command.seeds)
+    if isinstance(command, Command):
+        _check_command(command)
+    grid = [
+        RunConfig(**shared, method=method, learning_rate=rate, seed=seed)
+        for method in command.methods
+        for rate in command.learning_rates or (RATES[method],)
+        for seed in command.seeds
+    ]
+    SCALE.check("the scale that --alpha and --rank make,", grid[0].scale)
+    return grid
+
+
+def _check_command(command: Command) -> None:
+    first, *last = command.profile_steps or (1, 1)
+    if len(last) != 1 or not 1 <= first <= last[0]:
+        raise ValueError(
+            f"--profile-steps {','.join(map(str, command.profile_steps or ()))} is not FIRST,LAST "
+            "with 1 <= FIRST <= LAST, such as 10,20"
+        )
+    if storage.is_bucket(command.out) and (command.tensorboard or command.profile_steps):
+        raise ValueError(
+            f"--tensorboard and --profile-steps write to a disk, not to {command.out}; leave them "
+            "out (metrics.jsonl has the same figures), or name a folder"
+        )
+    if command.coordinator and not re.fullmatch(r".+:\d+", command.coordinator):
+        raise ValueError(f"--coordinator {command.coordinator} is not HOST:PORT, as in node0:1234")
+    given = (command.coordinator, command.num_processes, command.process_id)
+    if not command.distributed and given != (None, None, None):
+        raise ValueError(
+            "--coordinator, --num-processes and --process-id need --distributed; add it"
+        )

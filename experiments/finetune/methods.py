@@ -1,0 +1,148 @@
+"""The methods that are compared: which parameters train, and by which optimizer.
+
+A method splits a model into what it trains and what it only reads. Gradients are taken of the first
+part alone, so the frozen base costs neither weight gradients nor optimizer state.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+import lorapro_jax as lp
+from experiments.checks import one_of
+from experiments.finetune.config import RunConfig
+from experiments.models import get as model_named
+from lorapro_jax import nnx as lora
+
+HEAD = r"head/.*"  # fresh, so that the LoRA methods train it too
+
+Optimizer = Callable[[RunConfig, optax.Schedule], optax.GradientTransformation]
+
+
+class Method(NamedTuple):
+    """How one method trains."""
+
+    adapted: bool  # adapters and the head train; otherwise every parameter does
+    optimizer: Optimizer  # of the adapters; or of every parameter
+
+
+def _adamw(run: RunConfig, rate: optax.Schedule) -> optax.GradientTransformation:
+    return optax.adamw(rate, b1=run.b1, b2=run.b2, eps=run.eps, weight_decay=run.weight_decay)
+
+
+def _lorapro(run: RunConfig, rate: optax.Schedule, mode: str) -> optax.GradientTransformation:
+    return lp.lorapro_adamw(
+        rate,
+        run.scale,
+        mode=mode,
+        b1=run.b1,
+        b2=run.b2,
+        eps=run.eps,
+        weight_decay=run.weight_decay,
+    )
+
+
+def _projected_adamw(run: RunConfig, rate: optax.Schedule) -> optax.GradientTransformation:
+    """The paper's efficient form: AdamW, which is given the projected gradients."""
+    return optax.chain(lp.lorapro(run.scale), _adamw(run, rate))
+
+
+METHODS: dict[str, Method] = {
+    "full": Method(False, _adamw),
+    "lora": Method(True, _adamw),
+    "lorapro-full": Method(True, functools.partial(_lorapro, mode="full")),
+    "lorapro-factored": Method(True, functools.partial(_lorapro, mode="factored")),
+    "lorapro-adamw": Method(True, _projected_adamw),
+}
+
+
+def method_named(name: str) -> Method:
+    """The named method; a ValueError with the near misses if there is none of that name."""
+    return METHODS[one_of("method", name, METHODS)]
+
+
+class Peaks(NamedTuple):
+    """Peak learning rates: numbers, or traced in a program that serves every rate."""
+
+    method: jax.typing.ArrayLike  # of what the method's own rule trains
+    head: jax.typing.ArrayLike  # of the head beside adapters
+
+
+def peaks_of(run: RunConfig) -> Peaks:
+    """The run's own."""
+    return Peaks(run.learning_rate, run.head_learning_rate or run.learning_rate)
+
+
+def schedule(peak: jax.typing.ArrayLike, warmup_ratio: float, steps: int) -> optax.Schedule:
+    """Linear from 0 to `peak` over the warm-up, then a cosine to 0 at the last of `steps`."""
+    warmup = min(math.ceil(warmup_ratio * steps), steps - 1)
+    # optax.warmup_cosine_decay_schedule, which compares the peak with 0 and so takes no traced one.
+    parts = [
+        optax.linear_schedule(0.0, peak, warmup),
+        optax.cosine_decay_schedule(peak, steps - warmup),
+    ]
+    return optax.join_schedules(parts, [warmup])
+
+
+def optimizer(
+    run: RunConfig, steps: int, given: Peaks | None = None
+) -> optax.GradientTransformation:
+    """Global-norm clipping of the raw gradients, then the method's rule.
+
+    `given` stand in for the run's own; the state's structure depends on neither.
+    """
+    method, peak = method_named(run.method), given or peaks_of(run)
+    tx = method.optimizer(run, schedule(peak.method, run.warmup_ratio, steps))
+    if method.adapted:
+        head = {HEAD: _adamw(run, schedule(peak.head, run.warmup_ratio, steps))}
+        tx = lp.freeze_base(tx, extra=None if model_named(run.model).text_to_text else head)
+    return optax.chain(optax.clip_by_global_norm(run.clip_norm), tx) if run.clip_norm else tx
+
+
+def split(
+    model: nnx.Module, run: RunConfig, rngs: nnx.Rngs
+) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """(graph, what trains, the rest) of `model`, which gains adapters if the method uses them."""
+    trains = nnx.Param
+    if method_named(run.method).adapted:
+        lora.add_lora(
+            model,
+            rank=run.rank,
+            alpha=run.alpha,
+            targets=model_named(run.model).adapted,
+            rslora=run.rslora,
+            dropout=run.dropout,
+            rngs=rngs,
+        )
+        head = nnx.All(nnx.Param, lambda path, _: path[0] == "head")
+        trains = nnx.Any(nnx.LoRAParam, head)
+    graph, trainable, rest = nnx.split(model, trains, ...)
+    return graph, nnx.as_pure(trainable), nnx.as_pure(rest)
+
+
+def diagnosis_of(run: RunConfig) -> Callable[..., dict[str, jax.Array]] | None:
+    """measure(params, grads, updates) -> means over the pairs; None for a method without pairs.
+
+    Each is the cosine between a step of the full weight and the part of the full gradient that the
+    adapters can reach: LoRA's gradient step, LoRA-Pro's, and the step the optimizer takes.
+    """
+    if not method_named(run.method).adapted:
+        return None
+
+    def measure(params, grads, updates) -> dict[str, jax.Array]:
+        projected = lp.diagnose(params, grads, run.scale).values()
+        taken = lp.diagnose(params, grads, run.scale, updates=updates).values()
+        cosines = {
+            "lora_cosine": [pair.lora_cosine for pair in projected],
+            "lorapro_cosine": [pair.cosine for pair in projected],
+            "step_cosine": [pair.cosine for pair in taken],
+        }
+        return {name: jnp.mean(jnp.stack(found)) for name, found in cosines.items()}
+
+    return measure

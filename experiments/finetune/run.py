@@ -1,0 +1,138 @@
+"""One run: read from its folder if it is complete, else trained to its end from where it is."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from rich.console import Console
+
+from experiments.finetune.checkpoint import CHECKPOINTS, Checkpoints, claim, finish, read_result
+from experiments.finetune.config import Command, RunConfig
+from experiments.finetune.devices import Devices
+from experiments.finetune.hosts import can_go_on_from, is_first, once
+from experiments.finetune.methods import schedule
+from experiments.finetune.metrics import logged
+from experiments.finetune.prepare import Data, build, load_data
+from experiments.finetune.progress import shown
+from experiments.finetune.result import batch_ids, result_of, sizes_of
+from experiments.finetune.train import DivergedError, History, Rhythm, Setup, train
+from experiments.storage import Path, locked
+
+
+class Session(NamedTuple):
+    """What the runs of a command share."""
+
+    command: Command
+    devices: Devices
+    console: Console
+    told_to_end: Callable[[int], bool]  # asked after every step
+
+
+def run_or_read(run: RunConfig, session: Session, title: str) -> dict[str, Any]:
+    """The result of a run: read if it is complete, else trained, from a checkpoint if any."""
+    folder = session.command.out / run.folder_name
+    with contextlib.ExitStack() as held:
+
+        def opened() -> dict | None:
+            held.enter_context(locked(folder))
+            claim(folder, run)
+            return read_result(folder)
+
+        if (result := once(opened)) is not None:
+            ended = "diverged" if "diverged" in result else "complete"
+            session.console.print(f"{title}: {ended}, nothing to do ({folder})", soft_wrap=True)
+            return result
+        can_go_on_from(f"the last checkpoint of {folder}")
+        return train_run(run, session, folder, title)
+
+
+def train_run(run: RunConfig, session: Session, folder: Path, title: str) -> dict[str, Any]:
+    """Trains one run and leaves its folder complete, also if it diverges."""
+    command, shared_by = session.command, session.devices
+    loaded = load_data(run, command.data_dir)
+    setup, params = build(run, loaded, shared_by)
+    about, diverged = sizes_of(setup, params) | {"devices": shared_by.count}, None
+    rhythm = Rhythm(**{name: getattr(command, name) for name in Rhythm._fields if name != "last"})
+    if command.profile_steps and command.profile_steps[1] > len(setup.batches):
+        raise ValueError(
+            f"--profile-steps ends at {command.profile_steps[1]}, and the run has "
+            f"{len(setup.batches)} steps; trace earlier ones"
+        )
+    with contextlib.closing(Checkpoints(folder, command.keep)) as saved:
+        with observed(run, session, setup, folder, title) as observe:
+            try:
+                params, history = train(
+                    setup,
+                    params,
+                    saved,
+                    rhythm,
+                    observe=observe,
+                    told_to_end=session.told_to_end,
+                    profile=folder / "profile",
+                )
+            except DivergedError as error:
+                params, history, diverged = None, error.history, error
+        if diverged is not None:
+            about |= replay(run, loaded, shared_by, saved, diverged)
+    trained = None if params is None else named_arrays(params, shared_by)
+
+    def finished() -> dict[str, Any]:
+        result = result_of(run, loaded, history, diverged) | about
+        finish(folder, trained, result)
+        return result
+
+    result = once(finished)
+    if diverged is None:
+        scores = ", ".join(f"{k} {v:.4f}" for k, v in result["final"].items())
+        session.console.print(f"{title}: {scores}", highlight=False, soft_wrap=True)
+    return result
+
+
+@contextlib.contextmanager
+def observed(
+    run: RunConfig, session: Session, setup: Setup, folder: Path, title: str
+) -> Iterator[Callable[[History], None]]:
+    """Yields what shows and logs a history; of several processes, the first does."""
+    if not is_first():
+        yield lambda history: None
+        return
+    steps = len(setup.batches)
+    rates = np.asarray(schedule(run.learning_rate, run.warmup_ratio, steps)(np.arange(steps)))
+    with (
+        shown(session.console, title, steps, run.batch_size) as show,
+        logged(folder, rates, tensorboard=session.command.tensorboard) as log,
+    ):
+
+        def observe(history: History) -> None:
+            show(history)
+            log(history)
+
+        yield observe
+
+
+def replay(
+    run: RunConfig, loaded: Data, shared_by: Devices, saved: Checkpoints, diverged: DivergedError
+) -> dict[str, Any]:
+    """Leaves a checkpoint of where a run stood before it went wrong; says which, and on what.
+
+    The loop runs ahead and its buffers are donated, so that state is gone when the loss is read:
+    the steps from the last checkpoint on are made again.
+    """
+    saved.wait()
+    setup, params = build(run, loaded, shared_by)
+    train(setup, params, saved, Rhythm(last=diverged.before))
+    return {"checkpoint": f"{CHECKPOINTS}/{diverged.before}"} | batch_ids(setup, diverged)
+
+
+def named_arrays(params: nnx.State, shared_by: Devices) -> dict[str, np.ndarray]:
+    """The leaves as numpy arrays under their paths, for safetensors; asked of every process."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.ascontiguousarray(
+            shared_by.gather(leaf)
+        )
+        for path, leaf in leaves
+    }

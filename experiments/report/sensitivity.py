@@ -1,0 +1,236 @@
+"""How much a method's score depends on the learning rate, from the summarised runs of a sweep.
+
+A sweep is all rows of one task, model and settings of which a method has at least three rates. A
+method's band is the stretch of neighbouring rates around its best one whose means are at most one
+point, 0.01 of the headline metric, below a reference; its width is log10(highest / lowest). Two
+methods are compared at equal rates by the differences of the runs with equal seeds. A rate at which
+a seed diverged has no mean: it is in no band and in no comparison.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from experiments.report.summary import Row
+
+LEAST = 3  # rates of one method that make a sweep
+POINT = 0.01
+_ROUNDING = 1e-9  # 0.80 - 0.79 is more than 0.01 in binary
+COMPARED = (("lorapro-factored", "lorapro-full"), ("lorapro-adamw", "lora"))
+
+
+class Sweep(NamedTuple):
+    """The rows of one task and settings."""
+
+    title: str
+    rates: list[float]  # ascending, of all methods
+    methods: dict[str, dict[float, Row]]  # name -> rate -> row
+
+
+class Band(NamedTuple):
+    """A stretch of neighbouring rates."""
+
+    low: float
+    high: float
+    open: bool  # it reaches an end of the method's rates, so it may be wider than is known
+
+    @property
+    def decades(self) -> float:
+        """Its width."""
+        return math.log10(self.high / self.low)
+
+
+class Difference(NamedTuple):
+    """Of two methods' scores at one rate, paired by seed."""
+
+    mean: float
+    error: float | None  # standard error of the mean; None for one pair
+    n: int
+
+    @property
+    def within(self) -> bool:
+        """Whether it is at most one standard error."""
+        return self.error is not None and abs(self.mean) <= self.error
+
+
+class Table(NamedTuple):
+    """Ready to be shown, as text or as Markdown."""
+
+    title: str
+    headings: list[str]
+    cells: list[list[str]]
+    note: str
+
+
+def sweeps(rows: Sequence[Row]) -> list[Sweep]:
+    """The sweeps among the rows, in the order of first appearance."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.task, row.settings), []).append(row)
+    found = [_sweep(group) for group in groups.values()]
+    return [s for s in found if any(len(rates) >= LEAST for rates in s.methods.values())]
+
+
+def _sweep(rows: list[Row]) -> Sweep:
+    methods: dict[str, dict[float, Row]] = {}
+    for row in sorted(rows, key=lambda row: row.learning_rate):
+        methods.setdefault(row.method, {})[row.learning_rate] = row
+    methods = {name: methods[name] for name in dict.fromkeys(row.method for row in rows)}
+    first = rows[0]
+    examples = first.records[0]["train_examples"]
+    title = f"{first.task}, {first.model}, {examples:,} training examples: {first.metric}"
+    return Sweep(title, sorted({row.learning_rate for row in rows}), methods)
+
+
+def rows_of(found: Sequence[Sweep]) -> list[Row]:
+    """All rows of the sweeps."""
+    return [row for s in found for rates in s.methods.values() for row in rates.values()]
+
+
+def best_rate(rates: dict[float, Row]) -> float | None:
+    """The rate with the highest mean, the lowest of equals; None if every rate has diverged."""
+    finished = [rate for rate, row in rates.items() if not row.diverged]
+    return max(finished, key=lambda rate: rates[rate].mean["metric"], default=None)
+
+
+def band(rates: dict[float, Row], reference: float) -> Band | None:
+    """The method's band around its best rate below `reference`; None if that is not in it."""
+    best, order = best_rate(rates), sorted(rates)
+    if best is None or not _near(rates[best], reference):
+        return None
+    low = high = order.index(best)
+    while low > 0 and _near(rates[order[low - 1]], reference):
+        low -= 1
+    while high + 1 < len(order) and _near(rates[order[high + 1]], reference):
+        high += 1
+    return Band(order[low], order[high], low == 0 or high == len(order) - 1)
+
+
+def _near(row: Row, reference: float) -> bool:
+    return not row.diverged and row.mean["metric"] >= reference - POINT - _ROUNDING
+
+
+def difference(first: Row, second: Row, name: str = "metric") -> Difference | None:
+    """first - second over the seeds of both; None if there is none, or one of the rows diverged."""
+    if first.diverged or second.diverged:
+        return None
+    scores = [
+        {
+            r["config"]["seed"]: r["final"][row.metric if name == "metric" else name]
+            for r in row.records
+        }
+        for row in (first, second)
+    ]
+    pairs = [scores[0][seed] - scores[1][seed] for seed in scores[0].keys() & scores[1].keys()]
+    if not pairs:
+        return None
+    error = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else None
+    return Difference(statistics.fmean(pairs), error, len(pairs))
+
+
+def tables(rows: Sequence[Row]) -> list[Table]:
+    """For each sweep its methods, and the comparisons of those that it has."""
+    made = []
+    for sweep in sweeps(rows):
+        made.append(_methods(sweep))
+        pairs = [pair for pair in COMPARED if set(pair) <= sweep.methods.keys()]
+        if pairs:
+            made.append(_comparisons(sweep, pairs))
+        made.append(_losses(sweep, pairs))
+    return made
+
+
+def score(row: Row | None, name: str = "metric") -> str:
+    """Mean ± standard error, how many seeds diverged, or a dash where nothing was run."""
+    if row is None:
+        return "–"
+    if row.diverged:
+        return f"diverged ({row.diverged} of {row.n})"
+    return _with_error(f"{row.mean[name]:.3f}", row.error(name), 3)
+
+
+def _with_error(mean: str, error: float | None, digits: int) -> str:
+    return mean if error is None else f"{mean} ± {error:.{digits}f}"
+
+
+def _methods(sweep: Sweep) -> Table:
+    bests = {name: best_rate(rates) for name, rates in sweep.methods.items()}
+    tops = {
+        name: sweep.methods[name][rate].mean["metric"]
+        for name, rate in bests.items()
+        if rate is not None
+    }
+    cells = []
+    for name, rates in sweep.methods.items():
+        best = bests[name]
+        own, top = tops.get(name, math.inf), max(tops.values(), default=math.inf)
+        state = next(iter(rates.values())).records[0]["optimizer_state_bytes"]
+        cells.append(
+            [
+                name,
+                f"{state / 1e6:.2f}",
+                "–" if best is None else f"{best:g}",
+                "–" if best is None else score(rates[best]),
+                _width(band(rates, own)),
+                _width(band(rates, top)),
+                *(score(rates.get(rate)) for rate in sweep.rates),
+            ]
+        )
+    headings = ["method", "state MB", "best rate", "there", "own band", "common band"]
+    note = (
+        "Mean ± standard error over the seeds, at each rate. Bands: decades of neighbouring rates "
+        "around the method's best whose mean is within 0.01 of that best (own), or of the best of "
+        "all methods (common); 0: one rate only, –: none; ≥: it reaches an end of the rates swept."
+    )
+    return Table(sweep.title, [*headings, *(f"{r:g}" for r in sweep.rates)], cells, note)
+
+
+def _width(found: Band | None) -> str:
+    return "–" if found is None else f"{'≥ ' if found.open else ''}{found.decades:.2f}"
+
+
+def _comparisons(sweep: Sweep, pairs: Sequence[tuple[str, str]]) -> Table:
+    cells = [[" − ".join(pair), *_compared(sweep, pair, "metric")] for pair in pairs]
+    headings = ["difference", "within", *(f"{rate:g}" for rate in sweep.rates)]
+    note = (
+        "Mean difference ± its standard error, paired by seed. *: it is more than one standard "
+        "error; within: the number of rates at which it is not."
+    )
+    return Table(f"{sweep.title}, difference at equal rates", headings, cells, note)
+
+
+def _losses(sweep: Sweep, pairs: Sequence[tuple[str, str]]) -> Table:
+    """The validation loss, which tells methods apart where few answers change."""
+    cells = [
+        [name, "", *(score(rates.get(rate), "loss") for rate in sweep.rates)]
+        for name, rates in sweep.methods.items()
+    ]
+    cells += [[" − ".join(pair), *_compared(sweep, pair, "loss")] for pair in pairs]
+    headings = ["method or difference", "within", *(f"{rate:g}" for rate in sweep.rates)]
+    note = (
+        "Mean ± standard error over the seeds; differences paired by seed. *: it is more than one "
+        "standard error; within: the number of rates at which it is not."
+    )
+    about = sweep.title.rpartition(":")[0]
+    return Table(f"{about}: validation loss", headings, cells, note)
+
+
+def _compared(sweep: Sweep, pair: tuple[str, str], name: str) -> list[str]:
+    """At how many rates two methods are within an error of each other, and the differences."""
+    first, second = (sweep.methods[method] for method in pair)
+    shared = [rate for rate in sweep.rates if rate in first and rate in second]
+    found = {rate: difference(first[rate], second[rate], name) for rate in shared}
+    judged = [d for d in found.values() if d is not None and d.error is not None]
+    shown = (
+        _difference(found[rate], first[rate], second[rate]) if rate in found else "–"
+        for rate in sweep.rates
+    )
+    return [f"{sum(d.within for d in judged)} of {len(judged)}", *shown]
+
+
+def _difference(found: Difference | None, first: Row, second: Row) -> str:
+    if found is None:
+        return "diverged" if first.diverged or second.diverged else "–"
+    mark = "*" if found.error is not None and not found.within else ""
+    return _with_error(f"{found.mean:+.4f}", found.error, 4) + mark
