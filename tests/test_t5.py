@@ -13,7 +13,6 @@ from flax import nnx
 
 import lorapro_jax as lp
 from experiments.models import t5, t5_files, weights
-from experiments.models.t5_decode import greedy
 from lorapro_jax import nnx as lora
 
 _SCRIPT = pathlib.Path(__file__).parent / "reference" / "t5.py"
@@ -105,20 +104,6 @@ def test_states_logits_loss_and_gradients_are_pytorchs(tmp_path, case):
     compare(found, expected, np.asarray(inputs[1]), atol=1e-4)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_greedy_decoding_with_a_cache_is_pytorchs_without(tmp_path, case):
-    settings, expected = reference.CASES[case], FOUND[f"{case}/greedy"]
-    write(tmp_path, settings | {"eos_token_id": int(FOUND[f"{case}/eos"])})
-    tokens, mask, *_ = batch(settings)
-    decode = nnx.jit(greedy, static_argnames="max_new_tokens")
-    found = decode(
-        adapted(t5_files.load(tmp_path)), tokens, mask, max_new_tokens=reference.NEW_TOKENS
-    )
-    steps = expected.shape[1]  # PyTorch stops when all rows have ended
-    np.testing.assert_array_equal(found[:, :steps], expected)
-    np.testing.assert_array_equal(found[:, steps:], 0)
-
-
 @pytest.mark.parametrize("name", [k for k in FOUND if k.startswith("buckets/")])
 def test_the_buckets_are_pytorchs(name):
     buckets, far = map(int, name.split("/")[1:])
@@ -167,20 +152,6 @@ def test_the_decoder_sees_no_later_token(small):
 def test_a_row_without_tokens_is_finite(small):
     tokens, mask, inputs, _ = batch(CASE)
     assert np.isfinite(logits(small, tokens, mask.at[1].set(False), inputs)).all()
-
-
-def test_cached_steps_are_the_whole_sequences(small):
-    tokens, mask, *_ = batch(CASE)
-    decode = nnx.jit(greedy, static_argnames="max_new_tokens")
-    decoded = decode(small, tokens, mask, max_new_tokens=9)
-    again = jnp.argmax(logits(small, tokens, mask, small.shifted(decoded)), axis=-1)
-    before_the_end = np.cumsum(decoded == 1, axis=1) - (decoded == 1) == 0
-    np.testing.assert_array_equal(again[before_the_end], decoded[before_the_end])
-
-
-def test_no_step_is_refused(small):
-    with pytest.raises(ValueError, match="max_new_tokens is 0; pass at least 1"):
-        greedy(small, *batch(CASE)[:2], 0)
 
 
 def test_dropout_acts_only_where_rngs_are_given(small):

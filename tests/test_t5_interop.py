@@ -10,7 +10,6 @@ from flax import nnx
 from test_t5 import CASE, NAMES, adapted, batch, compare, logits, outputs, reference, write
 
 from experiments.models import t5_files
-from experiments.models.t5_decode import greedy
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch = pytest.importorskip("torch")
@@ -59,7 +58,7 @@ def test_bfloat16_files_are_read(tmp_path):
 
 
 def test_t5_base_in_its_true_size(tmp_path):
-    """In float32 encoder states, logits, loss and 12 tokens; in float64 all adapters' gradients.
+    """In float32 encoder states, logits and loss; in float64 all adapters' gradients.
 
     PyTorch's own float32 gradients are up to 4e-4 from its float64 ones here: units at the edge of
     the relu turn on or off by rounding.
@@ -71,9 +70,6 @@ def test_t5_base_in_its_true_size(tmp_path):
     *found, _ = outputs(model, *inputs)
     values = {name: value for name, value in expected.items() if not name.startswith("grad/")}
     compare((*found, nnx.State({})), values, np.asarray(inputs[1]), atol=1e-4)
-    decode = nnx.jit(greedy, static_argnames="max_new_tokens")
-    decoded = decode(model, *inputs[:2], max_new_tokens=reference.NEW_TOKENS)
-    np.testing.assert_array_equal(decoded, expected["greedy"])
     del model, found
     wide = {"dtype": jnp.float64, "param_dtype": jnp.float64}
     found = outputs(adapted(t5_files.load(tmp_path, **wide), jnp.float64), *inputs)

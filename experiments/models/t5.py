@@ -31,7 +31,7 @@ _MASKED = -1e9  # finite, so that a row without a token stays finite
 
 
 class KeysValues(NamedTuple):
-    """What an attention reads: of a whole sequence, or of the positions decoded so far."""
+    """What an attention reads of a sequence."""
 
     k: jax.Array  # (B, S, N, H)
     v: jax.Array  # (B, S, N, H)
@@ -128,23 +128,18 @@ class T5Layer(nnx.Module):
         self.dropout = nnx.Dropout(made.config.dropout_rate)
 
     def __call__(
-        self, x_BTD, bias_BNTS, memory=None, memory_bias_B11S=None, *, past=None, index=0, rngs=None
-    ) -> tuple[jax.Array, KeysValues]:
-        """(x after the layer, what its attention read).
-
-        `past` has room for all positions and is written from `index` on.
-        """
+        self, x_BTD, bias_BNTS, memory=None, memory_bias_B11S=None, *, rngs=None
+    ) -> jax.Array:
+        """(B, T, D) to (B, T, D)."""
         drop = functools.partial(_dropped, self.dropout, rngs=rngs)
         y_BTD = self.attention_norm(x_BTD)
         read = self.attention.keys_values(y_BTD)
-        if past is not None:
-            read = KeysValues(*(_written(*pair, index) for pair in zip(past, read, strict=True)))
         x_BTD = x_BTD + drop(self.attention(y_BTD, read, bias_BNTS, rngs=rngs))
         if self.cross:
             y_BTD = self.cross_norm(x_BTD)
             seen_BTD = self.cross_attention(y_BTD, memory, memory_bias_B11S, rngs=rngs)
             x_BTD = x_BTD + drop(seen_BTD)
-        return x_BTD + drop(self.mlp(self.mlp_norm(x_BTD), rngs=rngs)), read
+        return x_BTD + drop(self.mlp(self.mlp_norm(x_BTD), rngs=rngs))
 
 
 class T5Stack(nnx.Module):
@@ -162,32 +157,19 @@ class T5Stack(nnx.Module):
         """What the cross-attention of every layer reads, once for all positions decoded."""
         return [layer.cross_attention.keys_values(encoded_BSD) for layer in self.layers]
 
-    def __call__(
-        self, x_BTD, mask_BS, memory=None, *, past=None, index=0, rngs=None
-    ) -> tuple[jax.Array, list[KeysValues]]:
-        """(hidden states, what the layers read) of embeddings.
-
-        `mask` is the encoder's input's, in both stacks. With `past`, x are the positions from
-        `index` on. What rematerialised layers read is not kept.
-        """
-        length = x_BTD.shape[1]
-        queries_T = index + jnp.arange(length)
-        keys_S = jnp.arange(length if past is None else past[0].k.shape[1])
-        bias_BNTS = self.bias(queries_T, keys_S)
+    def __call__(self, x_BTD, mask_BS, memory=None, *, rngs=None) -> jax.Array:
+        """Hidden states of embeddings; `mask` is the encoder's input's, in both stacks."""
+        positions_T = jnp.arange(x_BTD.shape[1])
+        bias_BNTS = self.bias(positions_T, positions_T)
         padding_B11S = jnp.where(mask_BS, 0.0, _MASKED).astype(jnp.float32)[:, None, None, :]
         if not self.decoder:
             bias_BNTS = bias_BNTS + padding_B11S
-        x_BTD, reads = _dropped(self.dropout, x_BTD, rngs), []
+        x_BTD = _dropped(self.dropout, x_BTD, rngs)
         for i, layer in enumerate(self.layers):
             read_of = None if memory is None else memory[i]
             args = rows_stay(x_BTD), bias_BNTS, read_of, padding_B11S
-            if self.remat and past is None:
-                x_BTD = _rematerialised(layer, *args, rngs)
-                continue
-            before = None if past is None else past[i]
-            x_BTD, read = layer(*args, past=before, index=index, rngs=rngs)
-            reads.append(read)
-        return _dropped(self.dropout, self.norm(x_BTD), rngs), reads
+            x_BTD = _rematerialised(layer, *args, rngs) if self.remat else layer(*args, rngs=rngs)
+        return _dropped(self.dropout, self.norm(x_BTD), rngs)
 
     def bias(self, queries_T: jax.Array, keys_S: jax.Array) -> jax.Array:
         """What is added to the scores for the positions, (1, N, T, S), float32 or better."""
@@ -234,7 +216,7 @@ class T5(nnx.Module):
 
     def encode(self, tokens_BS: jax.Array, mask_BS: jax.Array, *, rngs=None) -> jax.Array:
         """The encoder's hidden states (B, S, D); those where `mask` is False mean nothing."""
-        return self.encoder(self.shared(tokens_BS), mask_BS, rngs=rngs)[0]
+        return self.encoder(self.shared(tokens_BS), mask_BS, rngs=rngs)
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """Of the decoder's hidden states, (B, T, V), float32 or better."""
@@ -255,7 +237,7 @@ class T5(nnx.Module):
           rngs: with a "dropout" stream, in training.
         """
         memory = self.decoder.memory(self.encode(tokens_BS, mask_BS, rngs=rngs))
-        hidden_BTD, _ = self.decoder(self.shared(inputs_BT), mask_BS, memory, rngs=rngs)
+        hidden_BTD = self.decoder(self.shared(inputs_BT), mask_BS, memory, rngs=rngs)
         return self.logits(hidden_BTD)
 
     def shifted(self, targets_BT: jax.Array) -> jax.Array:
@@ -293,7 +275,7 @@ def buckets_by_distance(config: T5Config, *, causal: bool) -> np.ndarray:
 
 @nnx.remat
 def _rematerialised(layer: T5Layer, x_BTD, bias_BNTS, memory, memory_bias_B11S, rngs) -> jax.Array:
-    return layer(x_BTD, bias_BNTS, memory, memory_bias_B11S, rngs=rngs)[0]
+    return layer(x_BTD, bias_BNTS, memory, memory_bias_B11S, rngs=rngs)
 
 
 def _wide(x: jax.Array) -> jax.Array:
@@ -302,8 +284,3 @@ def _wide(x: jax.Array) -> jax.Array:
 
 def _dropped(dropout: nnx.Dropout, x: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
     return dropout(x, deterministic=rngs is None, rngs=rngs)
-
-
-def _written(past_BSNH: jax.Array, new_BTNH: jax.Array, index) -> jax.Array:
-    new_BTNH = new_BTNH.astype(past_BSNH.dtype)
-    return jax.lax.dynamic_update_slice_in_dim(past_BSNH, new_BTNH, index, axis=1)

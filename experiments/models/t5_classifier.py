@@ -69,7 +69,7 @@ class T5Classifier(nnx.Module):
         memory = self.t5.decoder.memory(jnp.repeat(encoded_BSD, count, axis=0))
         inputs_BUP = jnp.broadcast_to(prefix_UP, (batch, *prefix_UP.shape))
         inputs_RP = self.t5.shifted(inputs_BUP.reshape(batch * count, -1))
-        hidden_RPD, _ = self.t5.decoder(
+        hidden_RPD = self.t5.decoder(
             self.t5.shared(inputs_RP), jnp.repeat(mask_BS, count, axis=0), memory, rngs=rngs
         )
         hidden_BUPD = hidden_RPD.reshape(batch, count, *hidden_RPD.shape[1:])

@@ -47,8 +47,8 @@ class ScannedStack(t5.T5Stack):
         """The encoder's output itself: a layer makes its keys and values when it is its turn."""
         return encoded_BSD
 
-    def __call__(self, x_BTD, mask_BS, memory=None, *, rngs=None) -> tuple[jax.Array, None]:
-        """(hidden states, nothing) of embeddings, without dropout."""
+    def __call__(self, x_BTD, mask_BS, memory=None, *, rngs=None) -> jax.Array:
+        """Hidden states of embeddings, without dropout."""
         assert rngs is None, "dropout is left out"
         positions_T = jnp.arange(x_BTD.shape[1])
         bias_BNTS = self.bias(positions_T, positions_T)
@@ -60,11 +60,11 @@ class ScannedStack(t5.T5Stack):
         def step(x_BTD, state):
             layer = nnx.merge(graph, state)
             read = layer.cross_attention.keys_values(memory) if self.decoder else None
-            return self._placed(layer(x_BTD, bias_BNTS, read, padding_B11S)[0]), None
+            return self._placed(layer(x_BTD, bias_BNTS, read, padding_B11S)), None
 
         step = jax.checkpoint(step) if self.how.remat else step
         x_BTD, _ = jax.lax.scan(step, self._placed(x_BTD), layers)
-        return self._placed(self.norm(x_BTD)), None
+        return self._placed(self.norm(x_BTD))
 
     def _placed(self, x_BTD: jax.Array) -> jax.Array:
         spec = self.how.spec
