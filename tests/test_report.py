@@ -10,6 +10,7 @@ import pytest
 
 from experiments.configs import CONFIGS
 from experiments.finetune.config import RunConfig, runs
+from experiments.models import MODELS
 from experiments.report import page as report_page
 from experiments.report import paper, plots, summary
 from experiments.report import tables as report
@@ -190,7 +191,7 @@ def _paper_cells(records) -> dict[str, dict[str, str]]:
 
 def _paper_runs(**changes) -> list[dict]:
     """A record of every run of the paper's set-up on its five tasks, accuracy 0.8 + seed / 100."""
-    command = dataclasses.replace(CONFIGS["t5_glue"], weights="google-t5/t5-base", **changes)
+    command = dataclasses.replace(CONFIGS["t5_glue"], weights=MODELS["t5"].weights, **changes)
     made = []
     for task in paper.TASKS:
         for run in runs(dataclasses.replace(command, task=task)):

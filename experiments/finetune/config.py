@@ -62,7 +62,7 @@ class Training:
     model: str = "minilm"
     """minilm (a pretrained encoder), t5 (text to text), or tiny and t5-tiny (random, for tests)."""
     weights: str | None = None
-    """For t5: a folder with a T5 as Hugging Face keeps it, or a name there; None: t5-base."""
+    """For t5: a folder as Hugging Face keeps a T5, or NAME@COMMIT on its hub; None: t5-base."""
     task: str = "pydoc"
     """pydoc (embedded, no download), or a GLUE task: cola, mrpc, sst2, rte, qnli, mnli."""
     epochs: int | None = None

@@ -11,7 +11,6 @@ products instead of the einsums of `attend` made no difference.)
 """
 
 import dataclasses
-import json
 import math
 import pathlib
 
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from experiments.models import weights
 from experiments.models.rows import rows_stay
 
 # Added to the scores of padded positions: finite, so that a row that is all padding stays finite.
@@ -54,7 +54,8 @@ class BertConfig:
         Raises:
             ValueError: the file describes another architecture, or lacks a size.
         """
-        found = json.loads(pathlib.Path(path).read_text())
+        path = pathlib.Path(path)
+        found = weights.read_object(path)
         expected = {
             "model_type": "bert",
             "hidden_act": "gelu",
@@ -65,11 +66,8 @@ class BertConfig:
                 raise ValueError(
                     f"{path}: {key} is {found[key]!r}, this encoder computes {value!r}"
                 )
-        fields = dataclasses.fields(cls)
-        missing = [f.name for f in fields if f.name not in found and f.default is f.default_factory]
-        if missing:
-            raise ValueError(f"{path}: {', '.join(missing)} missing; is it a BERT's config.json?")
-        return cls(**{f.name: found[f.name] for f in fields if f.name in found})
+        required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
+        return weights.config(cls, found, path, required)
 
 
 def gelu(x: jax.Array) -> jax.Array:

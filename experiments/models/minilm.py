@@ -60,10 +60,7 @@ def _file(name: str, path: str | pathlib.Path | None) -> pathlib.Path:
 
 def tokenizer(path: str | pathlib.Path | None = None) -> tokenizers.Tokenizer:
     """The model's WordPiece tokenizer, without the padding and truncation its file asks for."""
-    loaded = tokenizers.Tokenizer.from_file(str(_file("tokenizer.json", path)))
-    loaded.no_padding()
-    loaded.no_truncation()
-    return loaded
+    return weights.read_tokenizer(_file("tokenizer.json", path), f"reinstall it, `{REINSTALL}`")
 
 
 def load(
