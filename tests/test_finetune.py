@@ -87,7 +87,7 @@ def test_every_method_leaves_a_complete_record(all_methods):
         assert record["step_memory_bytes"] > record["trainable_bytes"] > 0
         assert {"commit", "versions", "time"} <= set(record["provenance"])
         assert len(record["losses"]) == 16
-    for image in ("loss.png", "metric.png"):
+    for image in ("pydoc-tiny-loss.png", "pydoc-tiny-metric.png"):
         assert (out / image).read_bytes().startswith(b"\x89PNG")
 
 
@@ -452,4 +452,4 @@ def test_smoke_goes_the_whole_way_without_a_file(tmp_path, monkeypatch):
     (record,) = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
     assert (record["config"]["model"], record["config"]["task"]) == ("t5-tiny", "pydoc")
     assert record["steps"] == 8
-    assert (tmp_path / "metric.png").exists()
+    assert (tmp_path / "pydoc-t5-tiny-metric.png").exists()

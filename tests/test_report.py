@@ -1,14 +1,22 @@
 """The report: means and stds against numpy, the page outside the markers untouched."""
 
+import concurrent.futures
 import dataclasses
 import json
 import pathlib
 import re
+import time
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from rich.console import Console
 
+from experiments import storage
 from experiments.configs import CONFIGS
+from experiments.finetune import checkpoint
+from experiments.finetune import command as finetune
 from experiments.finetune.config import RunConfig, runs
 from experiments.models import MODELS
 from experiments.report import page as report_page
@@ -69,6 +77,48 @@ def test_seeds_are_summarised_by_mean_and_sample_std(records):
     assert row.mean["metric"] == row.mean["accuracy"]
 
 
+def test_what_is_within_the_standard_error_of_the_difference_ties_with_the_best():
+    spread = np.array([-0.01, 0.0, 0.01])  # standard error 0.01 / sqrt 3, of a difference 0.00816
+    means = {"full": 0.80, "lora": 0.793, "lorapro-full": 0.791, "lorapro-adamw": 0.5}
+    made = [
+        record(method=method, seed=seed, accuracy=mean + shift)
+        for method, mean in means.items()
+        for seed, shift in enumerate(spread)
+    ]
+    assert {row.method for row in summary.leaders(_rows(made))} == {"full", "lora"}
+    one_seed = [r for r in made if r["config"]["seed"] == 1]
+    assert {row.method for row in summary.leaders(_rows(one_seed))} == {"full"}
+    lost = [r | {"diverged": 3, "final": None} for r in one_seed]
+    assert summary.leaders(_rows(lost)) == []
+    assert [row.method for row in summary.leaders(_rows([lost[0], *one_seed[1:]]))] == ["lora"]
+
+
+@pytest.mark.parametrize(
+    ("seeds", "title", "caption", "best"),
+    [
+        ([0], "validation scores, one seed", "of one seed the spread is not known", "0.800*"),
+        ([0, 1], "mean ± std over 2 seeds", "standard error", "0.805±0.007*"),
+    ],
+)
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_terminals_table_fits_and_says_what_it_is_of(seeds, title, caption, best, columns):
+    made = [
+        record(method=method, seed=seed, accuracy=0.8 + seed / 100 - place / 10)
+        for place, method in enumerate(plots.STYLES)
+        for seed in seeds
+    ]
+    console = Console(width=columns)
+    with console.capture() as captured:
+        console.print(report.rich_table(_rows(made)))
+    text = captured.get()
+    assert title in text
+    assert caption in text
+    assert "…" not in text
+    starred = [line for line in text.splitlines() if "*" in line]
+    assert [best in line for line in starred] == [True, False]  # the row, the caption
+    assert ("±" in text) == (len(seeds) > 1)
+
+
 def test_the_best_rate_is_chosen_by_the_headline_metric(records):
     best = {(r.task, r.method): r.learning_rate for r in summary.best_rows(_rows(records))}
     assert best == {("mrpc", "lora"): 1e-3, ("mrpc", "full"): 1e-4, ("cola", "lora"): 1e-4}
@@ -78,12 +128,12 @@ def _rows(records):
     return summary.summarise(records)
 
 
-def test_the_table_states_n_and_marks_the_best_rate_of_each_method(records):
+def test_the_table_states_n_and_marks_the_best_of_each_task(records):
     lines = report.markdown_table(_rows(records)).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert len({len(row) for row in cells}) == 1
     by_key = {tuple(row[:3]): row for row in cells}
-    assert by_key["mrpc", "lora", "0.001"][3:5] == ["3", "**0.7233 ± 0.0153**"]
+    assert by_key["mrpc", "lora", "0.001"][3:5] == ["3", "0.7233 ± 0.0153"]
     assert by_key["mrpc", "lora", "0.0001"][3:5] == ["1", "0.6000"]
     assert by_key["mrpc", "full", "0.0001"][4] == "**0.8000**"
     assert by_key["cola", "lora", "0.0001"][4:7] == ["0.9000", "0.6000", "**0.5000**"]
@@ -133,12 +183,61 @@ def test_the_command_writes_table_and_plots_into_the_page(tmp_path, records, cap
     text = page.read_text()
     assert "0.7233 ± 0.0153" in text
     images = re.findall(r"!\[.+\]\((.+)\)", text)
-    assert len(images) == 2
+    assert len(images) == 4  # a loss and a score of each task
     for image in images:
         assert (tmp_path / image).read_bytes().startswith(b"\x89PNG")
     assert report_page.main(argv) == 0
     assert page.read_text() == text
     assert "wrote" in capsys.readouterr().out
+
+
+def test_commands_that_share_a_folder_draw_in_turn_and_the_last_draws_all(tmp_path, monkeypatch):
+    told = []
+
+    def draw(rows, folder):
+        told.append({row.method for row in rows})
+        time.sleep(0.05)
+        told.append("drawn")
+        return {}
+
+    def command(method):
+        result = record(method=method)
+        storage.write_json(tmp_path / method / checkpoint.RESULT, result, "a result")
+        finetune.show([result], tmp_path, Console(quiet=True))
+
+    monkeypatch.setattr(finetune, "draw", draw)
+    methods = sorted(plots.STYLES)
+    with concurrent.futures.ThreadPoolExecutor(len(methods)) as pool:
+        list(pool.map(command, methods))
+    assert told[1::2] == ["drawn"] * len(methods)
+    assert told[-2] == set(methods)
+
+
+def test_a_figure_says_its_question_and_names_every_line_once(tmp_path, monkeypatch):
+    """No text over another, none outside the figure, at three methods of one last value."""
+    seen = []
+
+    def checked(self, *args, **kwargs):
+        self.draw_without_rendering()
+        texts = [*self.texts, *self.axes[0].texts]
+        boxes = [Text.get_window_extent(text) for text in texts]  # without their lines
+        seen.append([t.get_text() for t in self.axes[0].texts])
+        for i, box in enumerate(boxes):
+            assert self.bbox.x0 <= box.x0
+            assert box.x1 <= self.bbox.x1
+            assert not any(box.overlaps(other) for other in boxes[:i])
+            assert not any(box.overlaps(ax.get_window_extent()) for ax in self.axes)
+
+    monkeypatch.setattr(Figure, "savefig", checked)
+    made = [
+        record(method=method, rate=rate, seed=seed)
+        for method in ("lora", "lorapro-full", "lorapro-factored")
+        for rate in (1e-4, 3e-4, 1e-3)
+        for seed in (0, 1)
+    ]
+    plots.draw(_rows(made), tmp_path)
+    methods = {"lora", "lorapro-full", "lorapro-factored"}
+    assert [{text.split(",")[0] for text in texts} for texts in seen] == [methods] * 3
 
 
 def test_a_missing_marker_is_found_before_anything_is_written(tmp_path, records, capsys):

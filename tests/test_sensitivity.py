@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+from rich.console import Console
 from test_report import record
 
 from experiments.report import page as report_page
@@ -95,7 +96,7 @@ def test_methods_are_compared_by_pairs_of_one_seed():
     assert found.mean == pytest.approx(0.001)
     assert found.error == pytest.approx(np.std([0.0, 0.001, 0.002], ddof=1) / 3**0.5)
     assert not found.within
-    (row,) = _cells(records)[1].values()
+    row = _cells(records)[2]["lorapro-adamw − lora: accuracy"]
     assert row["0.0001"] == "+0.0010 ± 0.0006*"
     assert row["within"] == "0 of 6"
 
@@ -109,10 +110,10 @@ def test_validation_losses_are_compared_like_the_metric():
             for seed, loss in enumerate(by_seed):
                 made = record(method=method, rate=rate, seed=seed)
                 records.append(made | {"final": made["final"] | {"loss": loss}})
-    *_, found = _cells(records)
+    _, found, differences = _cells(records)
     mean, error = np.mean([0.510, 0.530, 0.550]), np.std([0.510, 0.530, 0.550], ddof=1) / 3**0.5
     assert found["lorapro-full"]["0.0001"] == f"{mean:.3f} ± {error:.3f}"
-    difference = found["lorapro-factored − lorapro-full"]
+    difference = differences["lorapro-factored − lorapro-full: loss"]
     pairs = [-0.010, -0.008, -0.009]
     error = np.std(pairs, ddof=1) / 3**0.5
     assert difference["0.0001"] == f"{np.mean(pairs):+.4f} ± {error:.4f}*"
@@ -140,13 +141,13 @@ def _with_one_diverged(method="lora", rate=3e-4) -> list[dict]:
 
 
 def test_a_rate_with_a_diverged_seed_has_no_mean_and_ends_the_band():
-    methods, comparisons, losses = _cells(_with_one_diverged())
+    methods, losses, comparisons = _cells(_with_one_diverged())
     lora = methods["lora"]
     assert lora["0.0003"] == "diverged (1 of 3)"
     assert (lora["best rate"], lora["own band"]) == ("0.0001", "0.00")
-    (row,) = comparisons.values()
-    assert row["0.0003"] == "diverged"
-    assert row["within"] == "0 of 5"
+    for row in comparisons.values():
+        assert row["0.0003"] == "diverged"
+    assert comparisons["lorapro-adamw − lora: accuracy"]["within"] == "0 of 5"
     assert losses["lora"]["0.0003"] == "diverged (1 of 3)"
     assert losses["lora"]["0.0001"] == "0.400 ± 0.000"
 
@@ -157,12 +158,13 @@ def test_a_method_that_diverged_everywhere_is_in_every_table_and_plot(tmp_path):
     assert set(methods["lora"].values()) == {"lora", "0.01", "–", "diverged (3 of 3)"}
     rows = summary.summarise(records)
     assert set(plots.draw(rows, tmp_path)) == {
-        "training loss", "headline metric by learning rate", "validation loss by learning rate",
-    }  # fmt: skip
+        f"mrpc-minilm: {what}"
+        for what in ("training loss", "score by learning rate", "validation loss by learning rate")
+    }
     assert report.markdown_table(rows).count("diverged (3 of 3)") == len(RATES)
     assert "diverged (3 of 3)" in report_page.text_of(rows)[0]
     alone = [r for r in rows if r.method == "lora"]
-    plots.draw(alone[:2], tmp_path)  # bars of nothing but runs that diverged
+    plots.draw(alone[:2], tmp_path)  # scores of nothing but runs that diverged
 
 
 def test_two_rates_are_no_sweep_and_other_settings_are_another():
@@ -190,17 +192,33 @@ def test_a_sweep_stands_in_the_page_in_place_of_its_many_rows(tmp_path):
     many = _page(tmp_path, swept() + swept(batch_size=8) + single)
     assert "\n| mrpc | " not in many
     assert many.count(cola) == 2
-    assert many.count("| lora | 0.01 | 0.0003 | 0.800 ± 0.001 | 1.00 | 0.00 |") == 2
+    assert many.count("| method | lora | lorapro-full | lorapro-adamw |") == 4  # scores and losses
+    assert many.count("| common band | 0.00 | 0.52 | – |") == 2
     images = re.findall(r"!\[(.+)\]\((.+)\)", many)
+    sweep = ["training loss", "score by learning rate", "validation loss by learning rate"]
     assert [name for name, _ in images] == [
-        "training loss", "headline metric", "headline metric by learning rate",
-        "validation loss by learning rate",
-    ]  # fmt: skip
+        *(f"mrpc-minilm: {what}" for what in sweep),
+        *(f"mrpc-minilm-2: {what}" for what in sweep),
+        "cola-minilm: training loss",
+        "cola-minilm: score",
+    ]
     for _, image in images:
         assert (tmp_path / image).read_bytes().startswith(b"\x89PNG")
     only = _page(tmp_path, swept())
-    assert "finetune-rates.png" in only
-    assert not (tmp_path / "results" / "finetune-metric.png").exists()
+    assert "finetune-mrpc-minilm-rates.png" in only
+    assert not list((tmp_path / "results").glob("*-metric.png"))
+    assert not list((tmp_path / "results").glob("*-2-*.png"))
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_terminals_tables_of_a_sweep_of_all_methods_fit(columns):
+    means = dict.fromkeys(plots.STYLES, MEANS["lora"])
+    console = Console(width=columns)
+    with console.capture() as captured:
+        for table in sensitivity.tables(summary.summarise(swept(means))):
+            console.print(report.rich_sensitivity(table))
+    assert captured.get().count("0.800±0.001") == 2 * len(means)  # at its rate, and the best
+    assert "…" not in captured.get()
 
 
 def test_every_method_has_a_colour_line_and_marker_of_its_own():

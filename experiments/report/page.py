@@ -45,6 +45,8 @@ def write(command: Report) -> list[pathlib.Path]:
     text = command.page.read_text()
     splice(text, "")  # a page without markers is found out before anything is written
     images = plots.draw(rows, command.results, prefix="finetune-")
+    for old in set(command.results.glob("finetune-*.png")) - set(images.values()):
+        old.unlink(missing_ok=True)  # of results that are gone
     links = [
         f"![{alt}]({os.path.relpath(image, command.page.parent)})" for alt, image in images.items()
     ]

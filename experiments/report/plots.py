@@ -1,12 +1,12 @@
-"""Loss curves and the headline metric, by bars or by learning rate, from results, as PNG files.
+"""Results as PNG files: one question a figure, each method's name where its line ends.
 
-Colours are Okabe and Ito's, which the colour-blind can tell apart; line styles, hatches and markers
+The colours can be told apart by the colour-blind and read as text on white; markers and line styles
 say the same a second time.
 """
 
-import functools
+import collections
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator
 
 from experiments import storage
 from experiments.report import sensitivity
-from experiments.report.summary import Row, best_rows
+from experiments.report.summary import Row, best_rows, over_seeds
 
 
 class Style(NamedTuple):
@@ -28,99 +28,84 @@ class Style(NamedTuple):
 
     colour: str
     line: Any  # Matplotlib's line style
-    hatch: str
     marker: str
 
 
 STYLES = {
-    "full": Style("#444444", "-", "", "o"),
-    "lora": Style("#E69F00", "--", "//", "s"),
-    "lorapro-full": Style("#0072B2", "-", "..", "^"),
-    "lorapro-factored": Style("#D55E00", (0, (5, 1.5, 1, 1.5, 1, 1.5)), "oo", "D"),
-    "lorapro-adamw": Style("#009E73", "-.", "xx", "v"),
+    "full": Style("#444444", (0, (1, 1)), "o"),
+    "lora": Style("#008060", "--", "s"),
+    "lorapro-full": Style("#0072B2", "-", "^"),
+    "lorapro-factored": Style("#C84E00", (0, (6, 1.5, 1, 1.5)), "D"),
+    "lorapro-adamw": Style("#AA4499", "-.", "v"),
 }
-_LABELLED = 6  # bars of a panel up to which their values fit above them
-_OTHER = Style("#CC79A7", ":", "++", "P")
+_OTHER = Style("#7A6A00", ":", "P")
 SMOOTHED_OVER = 10  # a point of a curve is the mean of this share of it: 1/10
+_NAMES = {"accuracy": "accuracy", "f1": "F1", "matthews": "Matthews correlation", "loss": "loss"}
+_SIZE = (7.0, 4.2)  # inches: at a page's 700 pixels the font's 10 points are 14 pixels
+_GAP = 0.075  # between two lines of text, as a share of the height
+
+Label = tuple[float, float, Style, str]  # x and y of the point it belongs to, and its text
 
 
 def draw(rows: Sequence[Row], folder: storage.Path, prefix: str = "") -> dict[str, storage.Path]:
-    """Writes <prefix>loss.png, and metric.png, rates.png and rates-loss.png or all, into `folder`.
+    """Writes the figures of every task and its settings into `folder`, each whole or not at all.
 
-    Rows of a sweep over learning rates go into the rates, the others into metric.png. Each has one
-    panel per task and settings. An earlier image that has no rows any more is removed.
+    A sweep over learning rates has <prefix><task>-<model>-rates.png and -rates-loss.png, other rows
+    have -metric.png, both -loss.png. Further settings of the two are numbered from -2 on.
 
     Returns:
-        What an image shows -> its path.
+        What a figure shows -> its path.
     """
-    swept = sensitivity.rows_of(sensitivity.sweeps(rows))
-    others = [row for row in rows if not any(row is other for other in swept)]
-    images = {
-        "training loss": (rows, loss_curves, "loss"),
-        "headline metric": (others, metric_bars, "metric"),
-        "headline metric by learning rate": (swept, by_rate, "rates"),
-        "validation loss by learning rate": (
-            swept,
-            functools.partial(by_rate, name="loss"),
-            "rates-loss",
-        ),
-    }
-    made = {}
-    for what, (shown, panel, name) in images.items():
-        path = folder / f"{prefix}{name}.png"
-        if shown:
-            made[what] = _figure(shown, panel, path)
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.task, row.settings), []).append(row)
+    made, seen = {}, collections.Counter()
+    for group in groups.values():
+        name = f"{group[0].task}-{group[0].model}"
+        seen[name] += 1
+        name += f"-{seen[name]}" if seen[name] > 1 else ""
+        figures: dict[str, tuple[str, Callable]] = {"loss": ("training loss", loss_curves)}
+        if sensitivity.sweeps(group):
+            figures["rates"] = ("score by learning rate", by_rate)
+            figures["rates-loss"] = ("validation loss by learning rate", loss_by_rate)
         else:
-            path.unlink(missing_ok=True)
+            figures["metric"] = ("score", scores)
+        for file, (what, panel) in figures.items():
+            path = folder / f"{prefix}{name}-{file}.png"
+            made[f"{name}: {what}"] = _figure(group, panel, path)
     return made
 
 
-def _figure(rows: Sequence[Row], panel, path: storage.Path) -> storage.Path:
-    panels: dict[tuple, list[Row]] = {}
-    for row in rows:
-        panels.setdefault((row.task, row.settings), []).append(row)
-    figure, axes = plt.subplots(
-        1,
-        len(panels),
-        figsize=(max(4.2 * len(panels), 6.4), 4.0),
-        layout="constrained",
-        squeeze=False,
-    )
-    for ax, shown in zip(axes[0], panels.values(), strict=True):
-        panel(ax, shown)
-        ax.spines[["top", "right"]].set_visible(False)
-    handles = {
-        label: h for ax in axes[0] for h, label in zip(*ax.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(
-        handles.values(),
-        handles.keys(),
-        loc="outside lower center",
-        ncols=min(len(handles), 3 * len(axes[0])),
-        frameon=False,
-    )
-    drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=150, format="png", metadata={"Software": None})
-    plt.close(figure)
+def _figure(rows: Sequence[Row], panel: Callable, path: storage.Path) -> storage.Path:
+    with plt.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+        figure, ax = plt.subplots(figsize=_SIZE, layout="constrained")
+        question, subtitle = panel(ax, rows)
+        figure.get_layout_engine().set(rect=(0, 0, 1, 0.86))  # above it are the two lines of text
+        figure.text(0.01, 0.98, question, va="top", fontsize=13, fontweight="bold")
+        figure.text(0.01, 0.91, subtitle, va="top", color="#444444")
+        ax.grid(alpha=0.25)
+        drawn = io.BytesIO()
+        figure.savefig(drawn, dpi=150, format="png", metadata={"Software": None})
+        plt.close(figure)
     storage.write_atomic(path, drawn.getvalue(), "the plot")
     return path
 
 
-def loss_curves(ax: Axes, rows: Sequence[Row]) -> None:
+def loss_curves(ax: Axes, rows: Sequence[Row]) -> tuple[str, str]:
     """Training loss by step: each method at its best rate, smoothed, the mean over the seeds."""
+    labels = []
     for row in best_rows(rows):
         style = STYLES.get(row.method, _OTHER)
         curves = [np.array(record["losses"]) for record in row.records]
         steps = curves[0][:, 0]
         losses = smoothed(np.mean([curve[:, 1] for curve in curves], axis=0))
-        ax.plot(steps, losses, ls=style.line, color=style.colour, lw=1.8, label=row.method)
-    rates = {row.learning_rate for row in rows}
-    title = f"{rows[0].task}: training loss"
-    ax.set_title(title + (", each method at its best rate" if len(rates) > 1 else ""), fontsize=10)
+        ax.plot(steps, losses, ls=style.line, color=style.colour, lw=1.6)
+        labels.append((steps[-1], losses[-1], style, f"{row.method}, {_text(row.learning_rate)}"))
     ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     ax.set_xlabel("step")
-    ax.set_ylabel("cross-entropy (moving mean)")
-    ax.grid(alpha=0.25)
+    _label(ax, labels)
+    facts = f"{_data(rows)}: moving mean of the cross-entropy, {over_seeds(rows)}"
+    return "How does the training loss fall at each method's best rate?", facts
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
@@ -132,89 +117,91 @@ def smoothed(values: np.ndarray) -> np.ndarray:
     return (sums[high] - sums[low]) / (high - low)
 
 
-def metric_bars(ax: Axes, rows: Sequence[Row]) -> None:
-    """The headline metric of every method, grouped by learning rate, std as a whisker.
-
-    Where each method has one rate only, its bar stands above it.
-    """
-    methods = list(dict.fromkeys(row.method for row in rows))
-    rates = sorted({row.learning_rate for row in rows})
-    single = len(rows) == len(methods)  # one rate a method: no groups
-    width = 0.8 if single else 0.8 / len(methods)
-    for row in rows:
-        place = methods.index(row.method)
-        if not single:
-            place = rates.index(row.learning_rate) + width * (place - (len(methods) - 1) / 2)
-        if row.diverged:
-            ax.text(place, 0.02, "diverged", rotation=90, ha="center",
-                    transform=ax.get_xaxis_transform())  # fmt: skip
-            continue
+def scores(ax: Axes, rows: Sequence[Row]) -> tuple[str, str]:
+    """The headline metric of every row as a point, its standard error a whisker."""
+    rows = rows[::-1]  # the first row on top
+    for place, row in enumerate(rows):
         style = STYLES.get(row.method, _OTHER)
-        first = row is next(r for r in rows if r.method == row.method)
-        bar = ax.bar(
-            place,
-            row.mean["metric"],
-            0.9 * width,
-            yerr=row.std["metric"] if row.n > 1 else None,
-            capsize=3,
-            ecolor="#000000",
-            color=style.colour,
-            alpha=0.85,
-            hatch=style.hatch,
-            edgecolor="white",
-            label=row.method if first else None,
-        )
-        if len(rows) <= _LABELLED:
-            ax.bar_label(bar, fmt="%.3f", fontsize=8, padding=2)
-    ticks = [row.learning_rate for row in rows] if single else rates
-    ax.set_xticks(range(len(ticks)), [f"{rate:g}" for rate in ticks])
-    ax.set_xlabel("learning rate")
-    ax.set_ylabel(rows[0].metric)
-    seeds = sorted({row.n for row in rows})
-    ax.set_title(
-        f"{rows[0].task}: validation {rows[0].metric}, n = {'-'.join(map(str, seeds))}", fontsize=10
-    )
-    _cut_axis(ax, rows)
+        if row.diverged:
+            ax.text(0.02, place, "diverged", color=style.colour, va="center",
+                    transform=ax.get_yaxis_transform())  # fmt: skip
+            continue
+        mean, error = row.mean["metric"], row.error() or 0.0
+        ax.errorbar(mean, place, xerr=error, fmt=style.marker, color=style.colour, ms=8, capsize=4)
+        ax.annotate(f"{mean:.3f}", (mean, place), (0, 8), textcoords="offset points", ha="center")
+    names = [f"{row.method}, {_text(row.learning_rate)}" for row in rows]
+    ax.set_yticks(range(len(rows)), names)
+    ax.set_ylim(-0.5, len(rows) - 0.3)
+    ax.margins(x=0.1)
+    what = _NAMES[rows[0].metric]
+    ax.set_xlabel(what)
+    return "Which method scores best?", f"{_data(rows)}: validation {what}, {_means(rows)}"
 
 
-def by_rate(ax: Axes, rows: Sequence[Row], name: str = "metric") -> None:
-    """A score against the learning rate, a line per method, its standard error a band.
+def by_rate(ax: Axes, rows: Sequence[Row], name: str = "metric") -> tuple[str, str]:
+    """A score against the learning rate, a line per method, its standard error a whisker.
 
     A cross at the bottom is a rate at which a seed diverged; the line is broken there.
     """
-    for number, method in enumerate(dict.fromkeys(row.method for row in rows)):
+    methods, labels = list(dict.fromkeys(row.method for row in rows)), []
+    for number, method in enumerate(methods):
         style = STYLES.get(method, _OTHER)
         mine = sorted((r for r in rows if r.method == method), key=lambda r: r.learning_rate)
-        rates = np.array([row.learning_rate for row in mine])
+        # Side by side, so that whiskers at one rate do not cover each other.
+        shift = 1.035 ** (number - (len(methods) - 1) / 2)
+        rates = shift * np.array([row.learning_rate for row in mine])
         means = np.array([np.nan if row.diverged else row.mean[name] for row in mine])
         errors = np.array([0.0 if row.diverged else row.error(name) or 0.0 for row in mine])
-        ax.fill_between(rates, means - errors, means + errors, color=style.colour, alpha=0.15, lw=0)
-        ax.plot(rates, means, ls=style.line, color=style.colour, marker=style.marker, ms=5, lw=1.8,
-                label=method)  # fmt: skip
-        lost = rates[[row.diverged > 0 for row in mine]]
+        ax.errorbar(rates, means, errors, ls=style.line, color=style.colour, marker=style.marker,
+                    ms=6, lw=1.8, elinewidth=1, capsize=3)  # fmt: skip
+        lost = rates[np.isnan(means)]
         ax.plot(lost, np.full(len(lost), 0.03 + 0.04 * number), "x", color=style.colour, mew=2,
                 transform=ax.get_xaxis_transform())  # fmt: skip
+        ends = np.flatnonzero(~np.isnan(means))
+        if len(ends):
+            labels.append((rates[ends[-1]], means[ends[-1]], style, method))
+    rates = sorted({row.learning_rate for row in rows})
     ax.set_xscale("log")
+    ax.set_xticks(rates, [_text(rate) for rate in rates])
+    ax.minorticks_off()
     ax.set_xlabel("peak learning rate")
-    what = rows[0].metric if name == "metric" else name
-    ax.set_ylabel(f"validation {what}, mean ± s.e.")
-    seeds = sorted({row.n for row in rows})
+    _label(ax, labels)
+    what = _NAMES[rows[0].metric if name == "metric" else name]
     crosses = "; x: diverged" if any(row.diverged for row in rows) else ""
-    examples = f"{rows[0].records[0]['train_examples']:,} examples"
-    count = "-".join(map(str, seeds))
-    ax.set_title(f"{rows[0].task}, {examples}, n = {count}{crosses}", fontsize=10)
-    ax.grid(alpha=0.25)
+    facts = f"{_data(rows)}: validation {what}, {_means(rows)}{crosses}"
+    return f"Which learning rates give a {'low' if name == 'loss' else 'high'} {what}?", facts
 
 
-def _cut_axis(ax: Axes, rows: Sequence[Row]) -> None:
-    """Starts the axis a little under the lowest bar, and says so, where 0 would hide the gaps."""
-    rows = [row for row in rows if not row.diverged]
-    if not rows:
-        return
-    lows = [row.mean["metric"] - row.std["metric"] for row in rows]
-    highs = [row.mean["metric"] + row.std["metric"] for row in rows]
-    low = min(lows) - max(0.25 * (max(highs) - min(lows)), 0.02)
-    if low > 0.2:
-        ax.set_ylim(bottom=low)
-        ax.set_ylabel(f"{rows[0].metric} (axis starts at {low:.2f})")
-    ax.margins(y=0.12)
+def loss_by_rate(ax: Axes, rows: Sequence[Row]) -> tuple[str, str]:
+    """The validation loss against the learning rate."""
+    return by_rate(ax, rows, "loss")
+
+
+def _text(rate: float) -> str:
+    return np.format_float_scientific(rate, trim="-", exp_digits=1)  # 2e-3
+
+
+def _data(rows: Sequence[Row]) -> str:
+    return f"{rows[0].task}, {rows[0].model}, {rows[0].records[0]['train_examples']:,} examples"
+
+
+def _means(rows: Sequence[Row]) -> str:
+    return ("mean ± standard error, " if max(row.n for row in rows) > 1 else "") + over_seeds(rows)
+
+
+def _label(ax: Axes, labels: Iterable[Label]) -> None:
+    """Names the lines to the right of the axes, in the order of their ends, none over another."""
+    low, high = ax.get_ylim()
+    labels = sorted(labels, key=lambda label: label[1])
+    ends = np.array([(y - low) / (high - low) for _, y, *_ in labels])
+    heights = ends.copy()
+    for i in range(1, len(heights)):
+        heights[i] = max(ends[i], heights[i - 1] + _GAP)
+    if len(labels):  # around the ends, and not above the axes
+        heights -= max(np.mean(heights - ends), heights[-1] - 1)
+    for height, (x, y, style, text) in zip(heights, labels, strict=True):
+        line = {"arrowstyle": "-", "color": style.colour, "lw": 0.6, "relpos": (0, 0.5)}
+        ax.annotate(text, (x, y), (1.05, height), textcoords="axes fraction", va="center",
+                    color=style.colour, fontweight="bold", annotation_clip=False,
+                    arrowprops=line | {"shrinkA": 0, "shrinkB": 4})  # fmt: skip
+    ax.set_ylim(low, high)

@@ -23,7 +23,8 @@ COMPARED = (("lorapro-factored", "lorapro-full"), ("lorapro-adamw", "lora"))
 class Sweep(NamedTuple):
     """The rows of one task and settings."""
 
-    title: str
+    data: str  # the task, the model and how many examples
+    metric: str  # the task's headline
     rates: list[float]  # ascending, of all methods
     methods: dict[str, dict[float, Row]]  # name -> rate -> row
 
@@ -79,8 +80,8 @@ def _sweep(rows: list[Row]) -> Sweep:
     methods = {name: methods[name] for name in dict.fromkeys(row.method for row in rows)}
     first = rows[0]
     examples = first.records[0]["train_examples"]
-    title = f"{first.task}, {first.model}, {examples:,} training examples: {first.metric}"
-    return Sweep(title, sorted({row.learning_rate for row in rows}), methods)
+    data = f"{first.task}, {first.model}, {examples:,} training examples"
+    return Sweep(data, first.metric, sorted({row.learning_rate for row in rows}), methods)
 
 
 def rows_of(found: Sequence[Sweep]) -> list[Row]:
@@ -133,11 +134,9 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     """For each sweep its methods, and the comparisons of those that it has."""
     made = []
     for sweep in sweeps(rows):
-        made.append(_methods(sweep))
-        pairs = [pair for pair in COMPARED if set(pair) <= sweep.methods.keys()]
-        if pairs:
+        made += [_methods(sweep), _losses(sweep)]
+        if pairs := [pair for pair in COMPARED if set(pair) <= sweep.methods.keys()]:
             made.append(_comparisons(sweep, pairs))
-        made.append(_losses(sweep, pairs))
     return made
 
 
@@ -183,37 +182,36 @@ def _methods(sweep: Sweep) -> Table:
         "around the method's best whose mean is within 0.01 of that best (own), or of the best of "
         "all methods (common); 0: one rate only, –: none; ≥: it reaches an end of the rates swept."
     )
-    return Table(sweep.title, [*headings, *(f"{r:g}" for r in sweep.rates)], cells, note)
+    title = f"{sweep.data}: {sweep.metric}"
+    return Table(title, [*headings, *(f"{r:g}" for r in sweep.rates)], cells, note)
 
 
 def _width(found: Band | None) -> str:
     return "–" if found is None else f"{'≥ ' if found.open else ''}{found.decades:.2f}"
 
 
+def _losses(sweep: Sweep) -> Table:
+    """The validation loss, which tells methods apart where few answers change."""
+    cells = [
+        [name, *(score(rates.get(rate), "loss") for rate in sweep.rates)]
+        for name, rates in sweep.methods.items()
+    ]
+    headings = ["method", *(f"{rate:g}" for rate in sweep.rates)]
+    return Table(f"{sweep.data}: validation loss", headings, cells, "Mean ± standard error.")
+
+
 def _comparisons(sweep: Sweep, pairs: Sequence[tuple[str, str]]) -> Table:
-    cells = [[" − ".join(pair), *_compared(sweep, pair, "metric")] for pair in pairs]
+    cells = [
+        [f"{' − '.join(pair)}: {what}", *_compared(sweep, pair, name)]
+        for pair in pairs
+        for what, name in ((sweep.metric, "metric"), ("loss", "loss"))
+    ]
     headings = ["difference", "within", *(f"{rate:g}" for rate in sweep.rates)]
     note = (
         "Mean difference ± its standard error, paired by seed. *: it is more than one standard "
         "error; within: the number of rates at which it is not."
     )
-    return Table(f"{sweep.title}, difference at equal rates", headings, cells, note)
-
-
-def _losses(sweep: Sweep, pairs: Sequence[tuple[str, str]]) -> Table:
-    """The validation loss, which tells methods apart where few answers change."""
-    cells = [
-        [name, "", *(score(rates.get(rate), "loss") for rate in sweep.rates)]
-        for name, rates in sweep.methods.items()
-    ]
-    cells += [[" − ".join(pair), *_compared(sweep, pair, "loss")] for pair in pairs]
-    headings = ["method or difference", "within", *(f"{rate:g}" for rate in sweep.rates)]
-    note = (
-        "Mean ± standard error over the seeds; differences paired by seed. *: it is more than one "
-        "standard error; within: the number of rates at which it is not."
-    )
-    about = sweep.title.rpartition(":")[0]
-    return Table(f"{about}: validation loss", headings, cells, note)
+    return Table(f"{sweep.data}: differences at equal rates", headings, cells, note)
 
 
 def _compared(sweep: Sweep, pair: tuple[str, str], name: str) -> list[str]:

@@ -114,6 +114,31 @@ def best_rows(rows: Sequence[Row]) -> list[Row]:
     return list(best.values())
 
 
+def leaders(rows: Sequence[Row]) -> list[Row]:
+    """Per task and settings, the row with the highest headline metric and those that tie with it.
+
+    A tie is a gap of at most its standard error, sqrt(e1² + e2²) of the two means' errors; the
+    error of one seed is not known and counts as 0.
+    """
+    found = []
+    for row in rows:
+        mine = [r for r in rows if (r.task, r.settings) == (row.task, row.settings)]
+        best = max((r for r in mine if not r.diverged), key=lambda r: r.mean["metric"], default=row)
+        if not row.diverged:
+            error = math.hypot(best.error() or 0.0, row.error() or 0.0)
+            if best.mean["metric"] - row.mean["metric"] <= error:
+                found.append(row)
+    return found
+
+
+def over_seeds(rows: Iterable[Row]) -> str:
+    """How many seeds the rows are of: "one seed", "3 seeds", "1 to 3 seeds"."""
+    counts = sorted({row.n for row in rows})
+    if counts == [1]:
+        return "one seed"
+    return " to ".join(map(str, dict.fromkeys((counts[0], counts[-1])))) + " seeds"
+
+
 def spread(row: Row, name: str, digits: int = 4) -> str:
     """Mean ± std; the mean alone for one seed; for a row that diverged, that in the headline."""
     if row.diverged:

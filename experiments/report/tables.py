@@ -7,7 +7,7 @@ import rich.box
 import rich.table
 
 from experiments.report import sensitivity
-from experiments.report.summary import SCORES, Row, best_rows, spread
+from experiments.report.summary import SCORES, Row, leaders, over_seeds, spread
 
 # What has a column, a row or a note of its own; the rest is noted where rows differ in it.
 _SHOWN = {"task", "model", "method", "learning_rate", "seed", "epochs", "train_examples"}
@@ -46,63 +46,70 @@ _HEADINGS = [
     "examples/s",
     "time (s)",
 ]
-_STEP_MEMORY = _HEADINGS.index("step memory (MB)")
+_HEADING = dict(zip(SCORES, _HEADINGS[4:], strict=False))
+_BEST_OF_ONE = "the best; of one seed the spread is not known"
+_BEST = "the best, and what is within a standard error of the difference to it"
 
 
 def rich_table(rows: Sequence[Row]) -> rich.table.Table:
-    """The rows for a terminal: short headings, the best rate of every method in bold."""
+    """The rows of one task for a terminal of 80 columns; the best and its ties have a star."""
     about = ", ".join(_unique(f"{row.model} on {row.task}" for row in rows))
+    several = any(row.n > 1 for row in rows)
+    spreads = "mean ± std over " if several else ""
     table = rich.table.Table(
-        title=f"{about}: validation scores, mean ± std over n seeds",
+        title=f"{about}: validation scores, {spreads}{over_seeds(rows)}",
+        caption=f"* {_BEST if several else _BEST_OF_ONE}",
         box=rich.box.SIMPLE,
         padding=(0, 0, 0, 1),
     )
     table.add_column("method", no_wrap=True)
-    headings = ("rate", "n", "accuracy", "F1", "Matthews", "loss", "trained", "state MB", "ex./s")
-    for heading in (*headings, "s"):
-        table.add_column(heading, justify="right")
-    best = best_rows(rows)
-    several = len(best) < len(rows)
+    metric, best = rows[0].metric, leaders(rows)
+    shown = ["learning rate", _HEADING[metric], "loss", "optimizer state (MB)", "examples/s"]
+    short = ["rate", metric, "loss", "state MB", "ex./s"]
+    if len({row.n for row in rows}) > 1:
+        shown, short = ["n", *shown], ["n", *short]
+    for heading in short:
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        cells = [cell.replace(" ± ", "±") for cell in _cells(row, digits=3)[1:]]
-        del cells[_STEP_MEMORY - 1]
-        bold = several and any(row is other for other in best)
-        table.add_row(*cells, style="bold" if bold else None)
+        cells = dict(zip(_HEADINGS, _cells(row, digits=3), strict=True))
+        leads = any(row is other for other in best)
+        cells[_HEADING[metric]] += "*" if leads else " " if best else ""
+        texts = [cells[name].replace(" ± ", "±").replace(" (", "\n(") for name in shown]
+        table.add_row(row.method, *texts, style="bold" if leads else None)
     return table
 
 
 def rich_sensitivity(made: sensitivity.Table) -> rich.table.Table:
-    """One of a sweep's tables for a terminal."""
+    """One of a sweep's tables for a terminal of 80 columns: a method a column, a rate a row."""
     table = rich.table.Table(
         title=made.title, caption=made.note, box=rich.box.SIMPLE, padding=(0, 0, 0, 1)
     )
-    for number, heading in enumerate(made.headings):
-        justify = "right" if number else "left"
-        table.add_column(heading.replace(" ", "\n"), justify=justify, no_wrap=True)
-    for cells in made.cells:
-        # What is long is broken here, lest rich cut the numbers.
-        short = [cell.replace(" ± 0.", "±.").replace(" (", "\n(") for cell in cells]
-        table.add_row(*(cell.replace(" − ", "\n− ") for cell in short))
+    first, *lines = zip(made.headings, *made.cells, strict=True)
+    for number, heading in enumerate(first):
+        words = heading.replace(" − ", " −\n").replace("lorapro-", "lorapro-\n").replace(": ", "\n")
+        table.add_column(words, justify="right" if number else "left", no_wrap=True)
+    for line in lines:
+        table.add_row(*(cell.replace(" ± ", "±").replace(" (", "\n(") for cell in line))
     return table
 
 
 def markdown_sensitivity(made: sensitivity.Table) -> str:
-    """One of a sweep's tables as Markdown."""
-    escaped = [[cell.replace("*", "\\*") for cell in cells] for cells in made.cells]
-    lines = ["| " + " | ".join(cells) + " |" for cells in (made.headings, *escaped)]
-    rule = "|---|" + "---:|" * (len(made.headings) - 1)
+    """One of a sweep's tables as Markdown, a method a column, a rate a row."""
+    columns = zip(made.headings, *made.cells, strict=True)
+    lines = ["| " + " | ".join(cells).replace("*", "\\*") + " |" for cells in columns]
+    rule = "|---|" + "---:|" * len(made.cells)
     return f"**{made.title}.** {made.note}\n\n" + "\n".join([lines[0], rule, *lines[1:]])
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    """The rows as Markdown, the best rate's headline metric of every method in bold."""
-    best = best_rows(rows)
+    """The rows as Markdown, the headline metric of the best and of its ties in bold."""
+    best = leaders(rows)
     lines = ["| " + " | ".join(_HEADINGS) + " |"]
     lines.append("|" + "---|" * 2 + "---:|" * (len(_HEADINGS) - 2))
     for row in sorted(rows, key=lambda row: (row.task, row.model)):
         cells = _cells(row)
         if any(row is other for other in best):
-            place = 4 + SCORES.index(row.metric)
+            place = _HEADINGS.index(_HEADING[row.metric])
             cells[place] = f"**{cells[place]}**"
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -116,11 +123,12 @@ def notes(rows: Sequence[Row], listed: bool = True) -> str:
         lines.append(f"- {task}, {model}: {'; '.join(_unique(map(_data, mine)))}.")
     records = [record for row in rows for record in row.records]
     about_table = [
-        "- Bold: each method's learning rate with the highest headline metric (accuracy; "
-        "Matthews where the task's own is that). It is chosen on the validation split that is "
-        "reported, so it flatters every method alike.",
-        "- ± is the sample standard deviation over n seeds. Step memory is that of the largest "
-        "compiled step: parameters, optimizer state, batch and temporaries.",
+        f"- Bold: of each task and its settings {_BEST} (with one seed the spread is not known "
+        "and counts as 0). Rates are chosen on the validation split that is reported, which "
+        "flatters every method alike.",
+        "- ± is the sample standard deviation over n seeds; without it there is one seed. Step "
+        "memory is that of the largest compiled step: parameters, optimizer state, batch and "
+        "temporaries.",
     ]
     lines += about_table if listed else []
     lines.append(f"- Measured on {'; '.join(_unique(map(_machine, records)))}.")
