@@ -7,6 +7,7 @@ import pathlib
 from flax import nnx
 
 from experiments.models import weights
+from experiments.storage import read_json
 
 # feed_forward_proj -> (whether the MLP is gated, its activation)
 ACTIVATIONS = {
@@ -47,15 +48,12 @@ class T5Config:
                 f"feed_forward_proj is {self.feed_forward_proj!r}; this T5 computes "
                 f"{', '.join(ACTIVATIONS)}"
             )
-        buckets, distance = (
-            self.relative_attention_num_buckets,
-            self.relative_attention_max_distance,
-        )
-        if not 4 <= buckets < 2 * distance:
+        distance = self.relative_attention_max_distance
+        if not 4 <= self.relative_attention_num_buckets < 2 * distance:
             raise ValueError(
-                f"relative_attention_num_buckets is {buckets} and relative_attention_max_distance "
-                f"{distance}; at least 4 are needed (two directions, near and far), and less than "
-                "twice the distance"
+                f"relative_attention_num_buckets is {self.relative_attention_num_buckets}; at "
+                "least 4 are needed (two directions, near and far), and less than twice the "
+                f"distance, relative_attention_max_distance {distance}"
             )
         if not 0 <= self.dropout_rate < 1:
             raise ValueError(f"dropout_rate is {self.dropout_rate}; expected 0 or more, below 1")
@@ -71,7 +69,7 @@ class T5Config:
             ValueError: the file describes another architecture, or lacks a size.
         """
         path = pathlib.Path(path)
-        found = weights.read_object(path)
+        found = read_json(path, (), "a model's configuration", weights.REMEDY)
         if found.get("model_type", "t5") != "t5":
             raise ValueError(f"{path}: model_type is {found['model_type']!r}, expected 't5'")
         found.setdefault("scale_decoder_outputs", found.get("tie_word_embeddings", True))

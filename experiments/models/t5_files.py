@@ -36,7 +36,6 @@ _SUBLAYERS = {
         "mlp": (2, "DenseReluDense"),
     },
 }
-STACKS = tuple(_SUBLAYERS)
 _NORMS = {"attention_norm": "attention", "cross_norm": "cross_attention", "mlp_norm": "mlp"}
 
 
@@ -65,12 +64,8 @@ def load(
 ) -> T5:
     """The pretrained T5 of a folder, or of NAME@COMMIT on the Hugging Face hub.
 
-    Args:
-        model: the folder, or the name and commit.
-        dropout: rate everywhere in the model; None is the config's.
-        dtype: of the activations.
-        param_dtype: of the weights.
-        remat: whether the backward pass computes every layer anew.
+    `dropout` None is the config's rate, `dtype` of the activations, `param_dtype` of the weights;
+    with `remat` the backward pass recomputes every layer.
 
     Raises:
         FileNotFoundError: there is no such folder or name, or a file is missing.

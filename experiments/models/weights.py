@@ -5,8 +5,6 @@ is wrong with a file is a ValueError that names it and ends with a remedy.
 """
 
 import dataclasses
-import json
-import math
 import pathlib
 import re
 from collections.abc import Callable, Iterable
@@ -18,14 +16,15 @@ import safetensors
 import tokenizers
 from flax import nnx
 
+from experiments.storage import read_json
+
 Config = TypeVar("Config")
 TensorName = Callable[[tuple], str]  # a leaf's path in the model -> its name in the file
 
 CONFIG, TOKENIZER, WEIGHTS = "config.json", "tokenizer.json", "model.safetensors"
 INDEX = "model.safetensors.index.json"
 REMEDY = "copy or download all files of one model again"
-MOST = 10**6  # of any size; a vocabulary has some 10^5
-MOST_LAYERS = 1000
+MOST, MOST_LAYERS = 10**9, 1000  # of any size; of layers, each of which is built before it is read
 
 
 def folder_of(model: str | pathlib.Path) -> pathlib.Path:
@@ -37,17 +36,16 @@ def folder_of(model: str | pathlib.Path) -> pathlib.Path:
     folder = pathlib.Path(model).expanduser()
     if folder.is_dir():
         return folder
-    name, _, commit = str(model).partition("@")
-    if not re.fullmatch("[0-9a-f]{40}", commit):
-        raise FileNotFoundError(
-            f"there is no folder {folder}. A model on the Hugging Face hub is NAME@COMMIT, the "
-            "commit in its 40 hexadecimal digits, because the files of a name can change. The "
-            f"commits are listed at https://huggingface.co/{name}/commits/main"
-        )
     import huggingface_hub  # a second to import: only where a name is asked for
 
+    name, _, commit = str(model).partition("@")
     patterns = [CONFIG, "*.safetensors", INDEX, TOKENIZER, "spiece.model"]
     try:
+        if not re.fullmatch("[0-9a-f]{40}", commit):
+            raise ValueError(
+                "no NAME@COMMIT: the files of a name can change, those of a commit's 40 digits "
+                f"cannot; commits are listed at https://huggingface.co/{name}/commits/main"
+            )
         return pathlib.Path(
             huggingface_hub.snapshot_download(name, revision=commit, allow_patterns=patterns)
         )
@@ -68,17 +66,6 @@ def there(folder: pathlib.Path, name: str) -> pathlib.Path:
     return file
 
 
-def read_object(file: pathlib.Path) -> dict[str, Any]:
-    """The JSON object in a file."""
-    try:
-        found = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON ({error}); {REMEDY}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} holds {found!r:.40}; expected a JSON object; {REMEDY}")
-    return found
-
-
 def config(
     cls: type[Config], found: dict[str, Any], file: pathlib.Path, required: Iterable[str]
 ) -> Config:
@@ -96,18 +83,13 @@ def config(
         raise ValueError(f"{file}: {error}; {REMEDY}") from error
 
 
-def _checked(name: str, kind: Any, value: Any) -> Any:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is int:
-        least = 0 if name.endswith("_id") else 1
-        most = MOST_LAYERS if "layers" in name else MOST
-        good = number and isinstance(value, int) and least <= value <= most
-        expected = f"an integer from {least} to {most}"
-    elif kind is float:
-        good, expected = number and math.isfinite(value) and value >= 0, "a number of at least 0"
-    else:
-        good, expected = isinstance(value, kind), f"a {kind.__name__}"
-    if not good:
+def _checked(name: str, kind: type, value: Any) -> Any:
+    number = kind in (int, float)
+    least = 0 if kind is float or name.endswith("_id") else 1
+    most = MOST_LAYERS if "layers" in name else MOST
+    good = type(value) is kind or (kind is float and type(value) is int)
+    if not good or (number and not least <= value <= most):
+        expected = kind.__name__ + (f" from {least} to {most}" if number else "")
         raise ValueError(f"{name} is {value!r:.40}; expected {expected}")
     return value
 
@@ -118,7 +100,7 @@ def tensors_of(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, np.ndarray
         file = there(folder, WEIGHTS)
         return file, read(file, REMEDY)
     index, tensors = folder / INDEX, {}
-    shard_of = read_object(index).get("weight_map")
+    shard_of = read_json(index, (), "an index of shards", REMEDY).get("weight_map")
     shards = set(map(str, shard_of.values())) if isinstance(shard_of, dict) else {str(shard_of)}
     for shard in sorted(shards):
         if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", shard):  # no path: it could lead outside

@@ -2,7 +2,7 @@
 
 Reads experiments/results/*.jsonl, one line a run. Runs that differ only in their seed are one row:
 mean ± sample standard deviation over n seeds. A sweep over learning rates has tables of its own;
-of a long list its rows are left out. Last comes the paper's table with our runs of its set-up.
+among the rows is each method's best rate. Last comes the paper's table, our runs beside it.
 """
 
 import dataclasses
@@ -14,11 +14,10 @@ from collections.abc import Sequence
 import tyro
 
 from experiments.report import paper, plots, sensitivity, tables
-from experiments.report.summary import Row, read, summarise
+from experiments.report.summary import Row, best_rows, read, summarise
 from experiments.storage import write_atomic
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-LONG = 30  # rows; of a longer table, those that belong to a sweep are left to the JSON lines
 
 
 def splice(text: str, section: str, begin: str = BEGIN, end: str = END) -> str:
@@ -56,13 +55,11 @@ def write(command: Report) -> list[pathlib.Path]:
 
 
 def text_of(rows: Sequence[Row]) -> list[str]:
-    """The tables and the notes: sweeps first, then the rows, but for a long list's swept ones."""
+    """The tables of the sweeps, the rows (of a sweep, each method's best), and the notes."""
     parts = [tables.markdown_sensitivity(table) for table in sensitivity.tables(rows)]
-    swept = sensitivity.rows_of(sensitivity.sweeps(rows)) if len(rows) > LONG else []
-    listed = [row for row in rows if not any(row is other for other in swept)]
-    if listed:
-        parts.append(tables.markdown_table(listed))
-    return [*parts, tables.notes(rows, bool(listed))]
+    swept, best = sensitivity.rows_of(sensitivity.sweeps(rows)), best_rows(rows)
+    listed = [row for row in rows if row not in swept or row in best]
+    return [*parts, tables.markdown_table(listed), tables.notes(rows)]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,10 +1,6 @@
 """The paper's GLUE table, and our runs of exactly its set-up beside it.
 
-T5-base, rank 8, accuracy in per cent on the validation split (MNLI: matched), mean ± standard
-deviation of three seeds. Source: Wang et al., LoRA-Pro, arXiv:2407.18242, whose baselines and
-set-up are LoRA-GA's (arXiv:2407.05000). LoRA-Pro's are the first version's; its figures for CoLA
-and QNLI could not be confirmed and are left out. Averages are the paper's own: LoRA's differs from
-the mean of its five figures, 82.01.
+`_ABOUT` says what it holds. The paper's baselines and set-up are LoRA-GA's (arXiv:2407.05000).
 """
 
 import dataclasses

@@ -7,6 +7,7 @@ say the same a second time.
 import collections
 import io
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -20,7 +21,7 @@ from matplotlib.ticker import MaxNLocator
 
 from experiments import storage
 from experiments.report import sensitivity
-from experiments.report.summary import Row, best_rows, over_seeds
+from experiments.report.summary import Row, best_rows, groups, over_seeds
 
 
 class Style(NamedTuple):
@@ -44,8 +45,6 @@ _NAMES = {"accuracy": "accuracy", "f1": "F1", "matthews": "Matthews correlation"
 _SIZE = (7.0, 4.2)  # inches: at a page's 700 pixels the font's 10 points are 14 pixels
 _GAP = 0.075  # between two lines of text, as a share of the height
 
-Label = tuple[float, float, Style, str]  # x and y of the point it belongs to, and its text
-
 
 def draw(rows: Sequence[Row], folder: storage.Path, prefix: str = "") -> dict[str, storage.Path]:
     """Writes the figures of every task and its settings into `folder`, each whole or not at all.
@@ -56,18 +55,15 @@ def draw(rows: Sequence[Row], folder: storage.Path, prefix: str = "") -> dict[st
     Returns:
         What a figure shows -> its path.
     """
-    groups: dict[tuple, list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row.task, row.settings), []).append(row)
     made, seen = {}, collections.Counter()
-    for group in groups.values():
+    for group in groups(rows):
         name = f"{group[0].task}-{group[0].model}"
         seen[name] += 1
         name += f"-{seen[name]}" if seen[name] > 1 else ""
         figures: dict[str, tuple[str, Callable]] = {"loss": ("training loss", loss_curves)}
         if sensitivity.sweeps(group):
-            figures["rates"] = ("score by learning rate", by_rate)
-            figures["rates-loss"] = ("validation loss by learning rate", loss_by_rate)
+            figures["rates"] = ("score by rate", by_rate)
+            figures["rates-loss"] = ("validation loss by rate", partial(by_rate, name="loss"))
         else:
             figures["metric"] = ("score", scores)
         for file, (what, panel) in figures.items():
@@ -110,11 +106,9 @@ def loss_curves(ax: Axes, rows: Sequence[Row]) -> tuple[str, str]:
 
 def smoothed(values: np.ndarray) -> np.ndarray:
     """A centred moving mean; at the ends, of the values that there are."""
-    half = len(values) // (2 * SMOOTHED_OVER)
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    index = np.arange(len(values))
-    low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
-    return (sums[high] - sums[low]) / (high - low)
+    window = np.ones(2 * (len(values) // (2 * SMOOTHED_OVER)) + 1)
+    sums, counts = (np.convolve(x, window, "same") for x in (values, np.ones(len(values))))
+    return sums / counts
 
 
 def scores(ax: Axes, rows: Sequence[Row]) -> tuple[str, str]:
@@ -129,8 +123,7 @@ def scores(ax: Axes, rows: Sequence[Row]) -> tuple[str, str]:
         mean, error = row.mean["metric"], row.error() or 0.0
         ax.errorbar(mean, place, xerr=error, fmt=style.marker, color=style.colour, ms=8, capsize=4)
         ax.annotate(f"{mean:.3f}", (mean, place), (0, 8), textcoords="offset points", ha="center")
-    names = [f"{row.method}, {_text(row.learning_rate)}" for row in rows]
-    ax.set_yticks(range(len(rows)), names)
+    ax.set_yticks(range(len(rows)), [f"{row.method}, {_text(row.learning_rate)}" for row in rows])
     ax.set_ylim(-0.5, len(rows) - 0.3)
     ax.margins(x=0.1)
     what = _NAMES[rows[0].metric]
@@ -172,11 +165,6 @@ def by_rate(ax: Axes, rows: Sequence[Row], name: str = "metric") -> tuple[str, s
     return f"Which learning rates give a {'low' if name == 'loss' else 'high'} {what}?", facts
 
 
-def loss_by_rate(ax: Axes, rows: Sequence[Row]) -> tuple[str, str]:
-    """The validation loss against the learning rate."""
-    return by_rate(ax, rows, "loss")
-
-
 def _text(rate: float) -> str:
     return np.format_float_scientific(rate, trim="-", exp_digits=1)  # 2e-3
 
@@ -189,8 +177,8 @@ def _means(rows: Sequence[Row]) -> str:
     return ("mean ± standard error, " if max(row.n for row in rows) > 1 else "") + over_seeds(rows)
 
 
-def _label(ax: Axes, labels: Iterable[Label]) -> None:
-    """Names the lines to the right of the axes, in the order of their ends, none over another."""
+def _label(ax: Axes, labels: Iterable[tuple[float, float, Style, str]]) -> None:
+    """Names lines, (x, y of the end, style, text), right of the axes, none over another."""
     low, high = ax.get_ylim()
     labels = sorted(labels, key=lambda label: label[1])
     ends = np.array([(y - low) / (high - low) for _, y, *_ in labels])

@@ -12,11 +12,10 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from experiments.report.summary import Row
+from experiments.report.summary import ROUNDING, Row, groups
 
 LEAST = 3  # rates of one method that make a sweep
 POINT = 0.01
-_ROUNDING = 1e-9  # 0.80 - 0.79 is more than 0.01 in binary
 COMPARED = (("lorapro-factored", "lorapro-full"), ("lorapro-adamw", "lora"))
 
 
@@ -49,11 +48,6 @@ class Difference(NamedTuple):
     error: float | None  # standard error of the mean; None for one pair
     n: int
 
-    @property
-    def within(self) -> bool:
-        """Whether it is at most one standard error."""
-        return self.error is not None and abs(self.mean) <= self.error
-
 
 class Table(NamedTuple):
     """Ready to be shown, as text or as Markdown."""
@@ -66,10 +60,7 @@ class Table(NamedTuple):
 
 def sweeps(rows: Sequence[Row]) -> list[Sweep]:
     """The sweeps among the rows, in the order of first appearance."""
-    groups: dict[tuple, list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row.task, row.settings), []).append(row)
-    found = [_sweep(group) for group in groups.values()]
+    found = [_sweep(group) for group in groups(rows)]
     return [s for s in found if any(len(rates) >= LEAST for rates in s.methods.values())]
 
 
@@ -109,19 +100,16 @@ def band(rates: dict[float, Row], reference: float) -> Band | None:
 
 
 def _near(row: Row, reference: float) -> bool:
-    return not row.diverged and row.mean["metric"] >= reference - POINT - _ROUNDING
+    return not row.diverged and row.mean["metric"] >= reference - POINT - ROUNDING
 
 
 def difference(first: Row, second: Row, name: str = "metric") -> Difference | None:
     """first - second over the seeds of both; None if there is none, or one of the rows diverged."""
     if first.diverged or second.diverged:
         return None
+    name = first.metric if name == "metric" else name
     scores = [
-        {
-            r["config"]["seed"]: r["final"][row.metric if name == "metric" else name]
-            for r in row.records
-        }
-        for row in (first, second)
+        {r["config"]["seed"]: r["final"][name] for r in row.records} for row in (first, second)
     ]
     pairs = [scores[0][seed] - scores[1][seed] for seed in scores[0].keys() & scores[1].keys()]
     if not pairs:
@@ -134,19 +122,19 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     """For each sweep its methods, and the comparisons of those that it has."""
     made = []
     for sweep in sweeps(rows):
-        made += [_methods(sweep), _losses(sweep)]
+        made.append(_methods(sweep))
         if pairs := [pair for pair in COMPARED if set(pair) <= sweep.methods.keys()]:
             made.append(_comparisons(sweep, pairs))
     return made
 
 
-def score(row: Row | None, name: str = "metric") -> str:
+def score(row: Row | None) -> str:
     """Mean ± standard error, how many seeds diverged, or a dash where nothing was run."""
     if row is None:
         return "–"
     if row.diverged:
         return f"diverged ({row.diverged} of {row.n})"
-    return _with_error(f"{row.mean[name]:.3f}", row.error(name), 3)
+    return _with_error(f"{row.mean['metric']:.3f}", row.error(), 3)
 
 
 def _with_error(mean: str, error: float | None, digits: int) -> str:
@@ -190,45 +178,21 @@ def _width(found: Band | None) -> str:
     return "–" if found is None else f"{'≥ ' if found.open else ''}{found.decades:.2f}"
 
 
-def _losses(sweep: Sweep) -> Table:
-    """The validation loss, which tells methods apart where few answers change."""
-    cells = [
-        [name, *(score(rates.get(rate), "loss") for rate in sweep.rates)]
-        for name, rates in sweep.methods.items()
-    ]
-    headings = ["method", *(f"{rate:g}" for rate in sweep.rates)]
-    return Table(f"{sweep.data}: validation loss", headings, cells, "Mean ± standard error.")
-
-
 def _comparisons(sweep: Sweep, pairs: Sequence[tuple[str, str]]) -> Table:
-    cells = [
-        [f"{' − '.join(pair)}: {what}", *_compared(sweep, pair, name)]
-        for pair in pairs
-        for what, name in ((sweep.metric, "metric"), ("loss", "loss"))
-    ]
-    headings = ["difference", "within", *(f"{rate:g}" for rate in sweep.rates)]
-    note = (
-        "Mean difference ± its standard error, paired by seed. *: it is more than one standard "
-        "error; within: the number of rates at which it is not."
-    )
+    cells = []
+    for pair in pairs:
+        first, second = (sweep.methods[method] for method in pair)
+        for what, name in ((sweep.metric, "metric"), ("loss", "loss")):
+            found = [_difference(first.get(r), second.get(r), name) for r in sweep.rates]
+            cells.append([f"{' − '.join(pair)}: {what}", *found])
+    note = "Mean ± its standard error, paired by seed; *: more than one standard error."
+    headings = ["difference", *(f"{rate:g}" for rate in sweep.rates)]
     return Table(f"{sweep.data}: differences at equal rates", headings, cells, note)
 
 
-def _compared(sweep: Sweep, pair: tuple[str, str], name: str) -> list[str]:
-    """At how many rates two methods are within an error of each other, and the differences."""
-    first, second = (sweep.methods[method] for method in pair)
-    shared = [rate for rate in sweep.rates if rate in first and rate in second]
-    found = {rate: difference(first[rate], second[rate], name) for rate in shared}
-    judged = [d for d in found.values() if d is not None and d.error is not None]
-    shown = (
-        _difference(found[rate], first[rate], second[rate]) if rate in found else "–"
-        for rate in sweep.rates
-    )
-    return [f"{sum(d.within for d in judged)} of {len(judged)}", *shown]
-
-
-def _difference(found: Difference | None, first: Row, second: Row) -> str:
+def _difference(first: Row | None, second: Row | None, name: str) -> str:
+    found = difference(first, second, name) if first and second else None
     if found is None:
-        return "diverged" if first.diverged or second.diverged else "–"
-    mark = "*" if found.error is not None and not found.within else ""
+        return "diverged" if first and second and first.diverged + second.diverged else "–"
+    mark = "*" if found.error is not None and abs(found.mean) > found.error + ROUNDING else ""
     return _with_error(f"{found.mean:+.4f}", found.error, 4) + mark

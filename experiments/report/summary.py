@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+ROUNDING = 1e-9  # 0.80 - 0.79 is more than 0.01 in binary
 SCORES = ("accuracy", "f1", "matthews", "loss")
 NEEDED = ("config", "metric", "final")  # in every record
 
@@ -99,18 +100,27 @@ def _values(group: list[dict[str, Any]], metric: str) -> dict[str, list[float]]:
     return values
 
 
+def groups(rows: Iterable[Row]) -> list[list[Row]]:
+    """The rows of each task and settings, in the order of first appearance."""
+    found: dict[tuple, list[Row]] = {}
+    for row in rows:
+        found.setdefault((row.task, row.settings), []).append(row)
+    return list(found.values())
+
+
+def _score(row: Row) -> float:
+    return row.mean["metric"]
+
+
 def best_rows(rows: Sequence[Row]) -> list[Row]:
     """Per task, settings and method, the row with the highest headline metric of its rates.
 
     Rates that diverged do not count.
     """
     best: dict[tuple, Row] = {}
-    for row in rows:
-        if row.diverged:
-            continue
+    for row in (row for row in rows if not row.diverged):
         key = (row.task, row.settings, row.method)
-        if key not in best or row.mean["metric"] > best[key].mean["metric"]:
-            best[key] = row
+        best[key] = max(best.get(key, row), row, key=_score)
     return list(best.values())
 
 
@@ -121,13 +131,12 @@ def leaders(rows: Sequence[Row]) -> list[Row]:
     error of one seed is not known and counts as 0.
     """
     found = []
-    for row in rows:
-        mine = [r for r in rows if (r.task, r.settings) == (row.task, row.settings)]
-        best = max((r for r in mine if not r.diverged), key=lambda r: r.mean["metric"], default=row)
-        if not row.diverged:
+    for group in groups(rows):
+        finished = [row for row in group if not row.diverged]
+        best = max(finished, key=_score, default=None)
+        for row in finished:
             error = math.hypot(best.error() or 0.0, row.error() or 0.0)
-            if best.mean["metric"] - row.mean["metric"] <= error:
-                found.append(row)
+            found += [row] if _score(best) - _score(row) <= error + ROUNDING else []
     return found
 
 

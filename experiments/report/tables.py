@@ -32,20 +32,9 @@ def _cells(row: Row, digits: int = 4) -> list[str]:
 
 
 _HEADINGS = [
-    "task",
-    "method",
-    "learning rate",
-    "n",
-    "accuracy",
-    "F1",
-    "Matthews",
-    "loss",
-    "trained parameters",
-    "optimizer state (MB)",
-    "step memory (MB)",
-    "examples/s",
-    "time (s)",
-]
+    "task", "method", "learning rate", "n", "accuracy", "F1", "Matthews", "loss",
+    "trained parameters", "optimizer state (MB)", "step memory (MB)", "examples/s", "time (s)",
+]  # fmt: skip
 _HEADING = dict(zip(SCORES, _HEADINGS[4:], strict=False))
 _BEST_OF_ONE = "the best; of one seed the spread is not known"
 _BEST = "the best, and what is within a standard error of the difference to it"
@@ -72,7 +61,7 @@ def rich_table(rows: Sequence[Row]) -> rich.table.Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         cells = dict(zip(_HEADINGS, _cells(row, digits=3), strict=True))
-        leads = any(row is other for other in best)
+        leads = row in best
         cells[_HEADING[metric]] += "*" if leads else " " if best else ""
         texts = [cells[name].replace(" ± ", "±").replace(" (", "\n(") for name in shown]
         table.add_row(row.method, *texts, style="bold" if leads else None)
@@ -108,21 +97,21 @@ def markdown_table(rows: Sequence[Row]) -> str:
     lines.append("|" + "---|" * 2 + "---:|" * (len(_HEADINGS) - 2))
     for row in sorted(rows, key=lambda row: (row.task, row.model)):
         cells = _cells(row)
-        if any(row is other for other in best):
+        if row in best:
             place = _HEADINGS.index(_HEADING[row.metric])
             cells[place] = f"**{cells[place]}**"
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def notes(rows: Sequence[Row], listed: bool = True) -> str:
-    """What the numbers are of: data, epochs, machines, versions; `listed`: there is a table."""
+def notes(rows: Sequence[Row]) -> str:
+    """What the numbers are of: data, epochs, machines, versions."""
     lines = []
     for task, model in sorted({(row.task, row.model) for row in rows}):
         mine = [r for row in rows if (row.task, row.model) == (task, model) for r in row.records]
         lines.append(f"- {task}, {model}: {'; '.join(_unique(map(_data, mine)))}.")
     records = [record for row in rows for record in row.records]
-    about_table = [
+    lines += [
         f"- Bold: of each task and its settings {_BEST} (with one seed the spread is not known "
         "and counts as 0). Rates are chosen on the validation split that is reported, which "
         "flatters every method alike.",
@@ -130,7 +119,6 @@ def notes(rows: Sequence[Row], listed: bool = True) -> str:
         "memory is that of the largest compiled step: parameters, optimizer state, batch and "
         "temporaries.",
     ]
-    lines += about_table if listed else []
     lines.append(f"- Measured on {'; '.join(_unique(map(_machine, records)))}.")
     if others := _other_differences(records):
         lines.append(f"- The rows also differ in {', '.join(others)}.")
