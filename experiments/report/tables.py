@@ -47,12 +47,12 @@ def rich_table(rows: Sequence[Row]) -> rich.table.Table:
     spreads = "mean ± std over " if several else ""
     table = rich.table.Table(
         title=f"{about}: validation scores, {spreads}{over_seeds(rows)}",
-        caption=f"* {_BEST if several else _BEST_OF_ONE}",
         box=rich.box.SIMPLE,
         padding=(0, 0, 0, 1),
     )
     table.add_column("method", no_wrap=True)
-    metric, best = rows[0].metric, leaders(rows)
+    metric, best = rows[0].metric, leaders(rows) if len(rows) > 1 else []
+    table.caption = f"* {_BEST if several else _BEST_OF_ONE}" if best else None
     shown = ["learning rate", _HEADING[metric], "loss", "optimizer state (MB)", "examples/s"]
     short = ["rate", metric, "loss", "state MB", "ex./s"]
     if len({row.n for row in rows}) > 1:
@@ -63,7 +63,7 @@ def rich_table(rows: Sequence[Row]) -> rich.table.Table:
         cells = dict(zip(_HEADINGS, _cells(row, digits=3), strict=True))
         leads = row in best
         cells[_HEADING[metric]] += "*" if leads else " " if best else ""
-        texts = [cells[name].replace(" ± ", "±").replace(" (", "\n(") for name in shown]
+        texts = [cells[name].replace(" ± ", "±") for name in shown]
         table.add_row(row.method, *texts, style="bold" if leads else None)
     return table
 
