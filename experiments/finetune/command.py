@@ -29,10 +29,9 @@ from experiments.finetune.result import divergence
 from experiments.finetune.run import Session, run_or_read
 from experiments.finetune.train import PreemptedError
 from experiments.models import get as model_named
-from experiments.report import sensitivity
 from experiments.report.plots import draw
 from experiments.report.summary import summarise
-from experiments.report.tables import rich_sensitivity, rich_table
+from experiments.report.tables import rich_table, tables
 from experiments.storage import Path, locked
 
 
@@ -80,12 +79,11 @@ def compare(session: Session) -> int:
 
 
 def show(results: list[dict[str, Any]], out: Path, console: Console) -> None:
-    """Shows the table of these results; writes the file and the plots of all that are in `out`."""
+    """Shows the tables of these results; writes the file and the plots of all that are in `out`."""
     rows = summarise(results)
     written = once(lambda: list(map(str, write_all(out))))
-    console.print(rich_table(rows))
-    for table in sensitivity.tables(rows):
-        console.print(rich_sensitivity(table))
+    for table in tables(rows):
+        console.print(rich_table(table))
     for path in written:
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
 

@@ -8,7 +8,6 @@ import collections
 import io
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -20,26 +19,15 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from experiments import storage
-from experiments.report import sensitivity
-from experiments.report.summary import Row, best_rows, groups, over_seeds
-
-
-class Style(NamedTuple):
-    """How a method is drawn."""
-
-    colour: str
-    line: Any  # Matplotlib's line style
-    marker: str
-
+from experiments.report.summary import Row, best_rows, groups, is_sweep, rate_text
 
 STYLES = {
-    "full": Style("#444444", (0, (1, 1)), "o"),
-    "lora": Style("#008060", "--", "s"),
-    "lorapro-full": Style("#0072B2", "-", "^"),
-    "lorapro-factored": Style("#C84E00", (0, (6, 1.5, 1, 1.5)), "D"),
-    "lorapro-adamw": Style("#AA4499", "-.", "v"),
+    "full": {"color": "#444444", "ls": (0, (1, 1)), "marker": "o"},
+    "lora": {"color": "#008060", "ls": "--", "marker": "s"},
+    "lorapro-full": {"color": "#0072B2", "ls": "-", "marker": "^"},
+    "lorapro-factored": {"color": "#C84E00", "ls": (0, (6, 1.5, 1, 1.5)), "marker": "D"},
+    "lorapro-adamw": {"color": "#AA4499", "ls": "-.", "marker": "v"},
 }
-_OTHER = Style("#7A6A00", ":", "P")
 SMOOTHED_OVER = 10  # a point of a curve is the mean of this share of it: 1/10
 _NAMES = {"accuracy": "accuracy", "f1": "F1", "matthews": "Matthews correlation", "loss": "loss"}
 _SIZE = (7.0, 4.2)  # inches: at a page's 700 pixels the font's 10 points are 14 pixels
@@ -49,8 +37,8 @@ _GAP = 0.075  # between two lines of text, as a share of the height
 def draw(rows: Sequence[Row], folder: storage.Path, prefix: str = "") -> dict[str, storage.Path]:
     """Writes the figures of every task and its settings into `folder`, each whole or not at all.
 
-    A sweep over learning rates has <prefix><task>-<model>-rates.png and -rates-loss.png, other rows
-    have -metric.png, both -loss.png. Further settings of the two are numbered from -2 on.
+    These are <prefix><task>-<model>-loss.png and, of a sweep over learning rates, -rates.png and
+    -rates-loss.png. Further settings of one task and model are numbered from -2 on.
 
     Returns:
         What a figure shows -> its path.
@@ -61,11 +49,9 @@ def draw(rows: Sequence[Row], folder: storage.Path, prefix: str = "") -> dict[st
         seen[name] += 1
         name += f"-{seen[name]}" if seen[name] > 1 else ""
         figures: dict[str, tuple[str, Callable]] = {"loss": ("training loss", loss_curves)}
-        if sensitivity.sweeps(group):
+        if is_sweep(group):
             figures["rates"] = ("score by rate", by_rate)
             figures["rates-loss"] = ("validation loss by rate", partial(by_rate, name="loss"))
-        else:
-            figures["metric"] = ("score", scores)
         for file, (what, panel) in figures.items():
             path = folder / f"{prefix}{name}-{file}.png"
             made[f"{name}: {what}"] = _figure(group, panel, path)
@@ -90,17 +76,18 @@ def _figure(rows: Sequence[Row], panel: Callable, path: storage.Path) -> storage
 def loss_curves(ax: Axes, rows: Sequence[Row]) -> tuple[str, str]:
     """Training loss by step: each method at its best rate, smoothed, the mean over the seeds."""
     labels = []
-    for row in best_rows(rows):
-        style = STYLES.get(row.method, _OTHER)
+    for row in (row for row in best_rows(rows) if not row.diverged):
+        style = STYLES[row.method]
         curves = [np.array(record["losses"]) for record in row.records]
         steps = curves[0][:, 0]
         losses = smoothed(np.mean([curve[:, 1] for curve in curves], axis=0))
-        ax.plot(steps, losses, ls=style.line, color=style.colour, lw=1.6)
-        labels.append((steps[-1], losses[-1], style, f"{row.method}, {_text(row.learning_rate)}"))
+        ax.plot(steps, losses, **style | {"marker": ""}, lw=1.6)
+        text = f"{row.method}, {rate_text(row.learning_rate)}"
+        labels.append((steps[-1], losses[-1], style["color"], text))
     ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     ax.set_xlabel("step")
     _label(ax, labels)
-    facts = f"{_data(rows)}: moving mean of the cross-entropy, {over_seeds(rows)}"
+    facts = _facts(rows, "moving mean of the cross-entropy")
     return "How does the training loss fall at each method's best rate?", facts
 
 
@@ -111,26 +98,6 @@ def smoothed(values: np.ndarray) -> np.ndarray:
     return sums / counts
 
 
-def scores(ax: Axes, rows: Sequence[Row]) -> tuple[str, str]:
-    """The headline metric of every row as a point, its standard error a whisker."""
-    rows = rows[::-1]  # the first row on top
-    for place, row in enumerate(rows):
-        style = STYLES.get(row.method, _OTHER)
-        if row.diverged:
-            ax.text(0.02, place, "diverged", color=style.colour, va="center",
-                    transform=ax.get_yaxis_transform())  # fmt: skip
-            continue
-        mean, error = row.mean["metric"], row.error() or 0.0
-        ax.errorbar(mean, place, xerr=error, fmt=style.marker, color=style.colour, ms=8, capsize=4)
-        ax.annotate(f"{mean:.3f}", (mean, place), (0, 8), textcoords="offset points", ha="center")
-    ax.set_yticks(range(len(rows)), [f"{row.method}, {_text(row.learning_rate)}" for row in rows])
-    ax.set_ylim(-0.5, len(rows) - 0.3)
-    ax.margins(x=0.1)
-    what = _NAMES[rows[0].metric]
-    ax.set_xlabel(what)
-    return "Which method scores best?", f"{_data(rows)}: validation {what}, {_means(rows)}"
-
-
 def by_rate(ax: Axes, rows: Sequence[Row], name: str = "metric") -> tuple[str, str]:
     """A score against the learning rate, a line per method, its standard error a whisker.
 
@@ -138,47 +105,41 @@ def by_rate(ax: Axes, rows: Sequence[Row], name: str = "metric") -> tuple[str, s
     """
     methods, labels = list(dict.fromkeys(row.method for row in rows)), []
     for number, method in enumerate(methods):
-        style = STYLES.get(method, _OTHER)
+        style = STYLES[method]
         mine = sorted((r for r in rows if r.method == method), key=lambda r: r.learning_rate)
         # Side by side, so that whiskers at one rate do not cover each other.
         shift = 1.035 ** (number - (len(methods) - 1) / 2)
         rates = shift * np.array([row.learning_rate for row in mine])
         means = np.array([np.nan if row.diverged else row.mean[name] for row in mine])
-        errors = np.array([0.0 if row.diverged else row.error(name) or 0.0 for row in mine])
-        ax.errorbar(rates, means, errors, ls=style.line, color=style.colour, marker=style.marker,
-                    ms=6, lw=1.8, elinewidth=1, capsize=3)  # fmt: skip
+        errors = np.array([0.0 if row.diverged else row.error(name) for row in mine])
+        ax.errorbar(rates, means, errors, **style, ms=6, lw=1.8, elinewidth=1, capsize=3)
         lost = rates[np.isnan(means)]
-        ax.plot(lost, np.full(len(lost), 0.03 + 0.04 * number), "x", color=style.colour, mew=2,
+        ax.plot(lost, np.full(len(lost), 0.03 + 0.04 * number), "x", mew=2, color=style["color"],
                 transform=ax.get_xaxis_transform())  # fmt: skip
         ends = np.flatnonzero(~np.isnan(means))
         if len(ends):
-            labels.append((rates[ends[-1]], means[ends[-1]], style, method))
+            labels.append((rates[ends[-1]], means[ends[-1]], style["color"], method))
     rates = sorted({row.learning_rate for row in rows})
     ax.set_xscale("log")
-    ax.set_xticks(rates, [_text(rate) for rate in rates])
+    ax.set_xticks(rates, [rate_text(rate) for rate in rates])
     ax.minorticks_off()
     ax.set_xlabel("peak learning rate")
     _label(ax, labels)
     what = _NAMES[rows[0].metric if name == "metric" else name]
     crosses = "; x: diverged" if any(row.diverged for row in rows) else ""
-    facts = f"{_data(rows)}: validation {what}, {_means(rows)}{crosses}"
+    spread = ", mean ± standard error" if any(row.n > 1 for row in rows) else ""
+    facts = _facts(rows, f"validation {what}{spread}") + crosses
     return f"Which learning rates give a {'low' if name == 'loss' else 'high'} {what}?", facts
 
 
-def _text(rate: float) -> str:
-    return np.format_float_scientific(rate, trim="-", exp_digits=1)  # 2e-3
+def _facts(rows: Sequence[Row], what: str) -> str:
+    data = f"{rows[0].task}, {rows[0].model}, {rows[0].records[0]['train_examples']:,} examples"
+    seeds = " or ".join(map(str, sorted({row.n for row in rows})))
+    return f"{data}: {what}, {'one seed' if seeds == '1' else f'{seeds} seeds'}"
 
 
-def _data(rows: Sequence[Row]) -> str:
-    return f"{rows[0].task}, {rows[0].model}, {rows[0].records[0]['train_examples']:,} examples"
-
-
-def _means(rows: Sequence[Row]) -> str:
-    return ("mean ± standard error, " if max(row.n for row in rows) > 1 else "") + over_seeds(rows)
-
-
-def _label(ax: Axes, labels: Iterable[tuple[float, float, Style, str]]) -> None:
-    """Names lines, (x, y of the end, style, text), right of the axes, none over another."""
+def _label(ax: Axes, labels: Iterable[tuple[float, float, str, str]]) -> None:
+    """Names lines, (x, y of the end, colour, text), right of the axes, none over another."""
     low, high = ax.get_ylim()
     labels = sorted(labels, key=lambda label: label[1])
     ends = np.array([(y - low) / (high - low) for _, y, *_ in labels])
@@ -187,9 +148,9 @@ def _label(ax: Axes, labels: Iterable[tuple[float, float, Style, str]]) -> None:
         heights[i] = max(ends[i], heights[i - 1] + _GAP)
     if len(labels):  # around the ends, and not above the axes
         heights -= max(np.mean(heights - ends), heights[-1] - 1)
-    for height, (x, y, style, text) in zip(heights, labels, strict=True):
-        line = {"arrowstyle": "-", "color": style.colour, "lw": 0.6, "relpos": (0, 0.5)}
+    for height, (x, y, colour, text) in zip(heights, labels, strict=True):
+        line = {"arrowstyle": "-", "color": colour, "lw": 0.6, "relpos": (0, 0.5)}
         ax.annotate(text, (x, y), (1.05, height), textcoords="axes fraction", va="center",
-                    color=style.colour, fontweight="bold", annotation_clip=False,
+                    color=colour, fontweight="bold", annotation_clip=False,
                     arrowprops=line | {"shrinkA": 0, "shrinkB": 4})  # fmt: skip
     ax.set_ylim(low, high)
