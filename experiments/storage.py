@@ -108,7 +108,9 @@ def write_json(path: Path, value: Any, what: str) -> None:
     write_atomic(path, (json.dumps(value, allow_nan=False) + "\n").encode(), what)
 
 
-def read_json(path: Path, fields: tuple[str, ...], what: str) -> dict[str, Any]:
+def read_json(
+    path: Path, fields: tuple[str, ...], what: str, remedy: str | None = None
+) -> dict[str, Any]:
     """The JSON object in a file; a ValueError that names the file if it has not these fields."""
     try:
         found = json.loads(path.read_bytes())
@@ -116,10 +118,10 @@ def read_json(path: Path, fields: tuple[str, ...], what: str) -> dict[str, Any]:
             raise ValueError(f"a JSON {type(found).__name__}, no object")
         if missing := [name for name in fields if name not in found]:
             raise ValueError(f"no {', '.join(missing)} in it")
-    except (ValueError, IsADirectoryError) as error:
+    except (ValueError, RecursionError, IsADirectoryError) as error:
+        remedy = remedy or f"Delete {path.parent} to make the run again, or choose another --out"
         raise ValueError(
-            f"{path} is not {what} ({error}): the file is damaged, or another program's. Delete "
-            f"{path.parent} to make the run again, or choose another --out"
+            f"{path} is not {what} ({error}): the file is damaged, or another program's. {remedy}"
         ) from error
     return found
 

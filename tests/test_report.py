@@ -1,18 +1,27 @@
 """The report: means and stds against numpy, the page outside the markers untouched."""
 
+import concurrent.futures
 import dataclasses
 import json
 import pathlib
 import re
+import time
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from rich.console import Console
 
+from experiments import storage
 from experiments.configs import CONFIGS
+from experiments.finetune import checkpoint
+from experiments.finetune import command as finetune
 from experiments.finetune.config import RunConfig, runs
+from experiments.finetune.methods import METHODS
+from experiments.models import MODELS
 from experiments.report import page as report_page
-from experiments.report import paper, plots, summary
-from experiments.report import tables as report
+from experiments.report import paper, plots, summary, tables
 
 FACTS = pathlib.Path(__file__).parents[2] / "shared" / "PAPER.md"
 PROVENANCE = {
@@ -68,31 +77,134 @@ def test_seeds_are_summarised_by_mean_and_sample_std(records):
     assert row.mean["metric"] == row.mean["accuracy"]
 
 
-def test_the_best_rate_is_chosen_by_the_headline_metric(records):
-    best = {(r.task, r.method): r.learning_rate for r in summary.best_rows(_rows(records))}
-    assert best == {("mrpc", "lora"): 1e-3, ("mrpc", "full"): 1e-4, ("cola", "lora"): 1e-4}
+def test_what_is_within_the_standard_error_of_the_difference_ties_with_the_best():
+    spread = np.array([-0.01, 0.0, 0.01])  # standard error 0.01 / sqrt 3, of a difference 0.00816
+    means = {"full": 0.80, "lora": 0.793, "lorapro-full": 0.791, "lorapro-adamw": 0.5}
+    made = [
+        record(method=method, seed=seed, accuracy=mean + shift)
+        for method, mean in means.items()
+        for seed, shift in enumerate(spread)
+    ]
+    assert _tied(made) == {"full", "lora"}
+    one_seed = [r for r in made if r["config"]["seed"] == 1]
+    assert _tied(one_seed) == {"full"}
+    lost = [r | {"diverged": 3, "final": None} for r in one_seed]
+    assert _tied(lost) == set()
+    assert _tied([lost[0], *one_seed[1:]]) == {"lora"}
+    assert _tied(one_seed[:1]) == set()  # there is nothing to compare
+
+
+def _tied(records) -> set[str]:
+    return {row.method for row in summary.ties(_rows(records))}
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_terminals_tables_of_all_methods_fit(columns):
+    records = swept(dict.fromkeys(plots.STYLES, MEANS["lora"]))
+    console = Console(width=columns)
+    with console.capture() as captured:
+        for table in tables.tables(_rows(records)):
+            console.print(tables.rich_table(table))
+    assert captured.get().count("0.800±0.002*") == 2 * len(plots.STYLES)  # at its best, by rate
+    assert "…" not in captured.get()
 
 
 def _rows(records):
     return summary.summarise(records)
 
 
-def test_the_table_states_n_and_marks_the_best_rate_of_each_method(records):
-    lines = report.markdown_table(_rows(records)).splitlines()
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert len({len(row) for row in cells}) == 1
-    by_key = {tuple(row[:3]): row for row in cells}
-    assert by_key["mrpc", "lora", "0.001"][3:5] == ["3", "**0.7233 ± 0.0153**"]
-    assert by_key["mrpc", "lora", "0.0001"][3:5] == ["1", "0.6000"]
-    assert by_key["mrpc", "full", "0.0001"][4] == "**0.8000**"
-    assert by_key["cola", "lora", "0.0001"][4:7] == ["0.9000", "0.6000", "**0.5000**"]
+def _cells(table: tables.Table) -> dict[str, dict[str, str]]:
+    """First cell of a line -> heading -> cell."""
+    return {line[0]: dict(zip(table.headings, line, strict=True)) for line in table.lines}
 
 
-def test_the_notes_state_the_share_of_the_data_and_what_else_differs(records):
-    text = report.notes(_rows([*records, record(rate=1e-4, accuracy=0.5, batch_size=8)]))
-    assert "100 (25%) training examples, 1 epoch" in text
-    assert "batch_size (32, 8)" in text
-    assert "A processor, 2 cores, jax 0.0, commit 01234567" in text
+def test_a_task_has_a_table_of_each_methods_best_rate_by_its_headline_metric(records):
+    mrpc, _, cola = tables.tables(_rows(records))
+    cells = _cells(mrpc)
+    assert list(cells["lora"].values()) == ["lora", "1e-3", "3", "0.723 ± 0.015", "0.01", "10"]
+    assert list(cells["full"].values())[1:4] == ["1e-4", "1", "0.800*"]
+    assert list(_cells(cola)["lora"].values())[:4] == ["lora", "1e-4", "1", "0.500"]
+    assert "100 training examples (25%), 100 steps of 32, validated on 50" in mrpc.note
+
+
+def test_a_title_states_what_else_differs(records):
+    made = tables.tables(_rows([*records[:-1], record(rate=1e-4, accuracy=0.5, batch_size=8)]))
+    titles = [table.title.split(":")[0] for table in made]
+    assert titles == ["mrpc, minilm, batch_size 32"] * 2 + ["mrpc, minilm, batch_size 8"]
+
+
+def test_the_notes_state_the_machine(records):
+    assert "A processor, 2 cores, jax 0.0, commit 01234567" in tables.notes(_rows(records))
+
+
+def test_markdown_has_the_marked_cells_bold():
+    table = tables.Table("A", "B.", ["method", "score"], [["lora", "0.5*"], ["full", "0.4"]])
+    lines = ["| method | score |", "| --- | ---: |", "| lora | **0.5** |", "| full | 0.4 |"]
+    assert tables.markdown(table).splitlines() == ["**A.** B.", "", *lines]
+
+
+RATES = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3]
+MEANS = {  # at RATES; of three seeds with std 0.002 a difference's standard error is 0.00163
+    "lora": [0.60, 0.70, 0.799, 0.80, 0.79, 0.70],
+    "lorapro-full": [0.70, 0.809, 0.785, 0.81, 0.805, 0.60],
+    "lorapro-adamw": [0.50, 0.55, 0.60, 0.70, 0.75, 0.79],
+}
+
+
+def swept(means=MEANS, **other) -> list[dict]:
+    return [
+        record(method=method, rate=rate, seed=seed, accuracy=mean + shift, **other)
+        for method, of_rates in means.items()
+        for rate, mean in zip(RATES, of_rates, strict=True)
+        for seed, shift in enumerate((-0.002, 0.0, 0.002))
+    ]
+
+
+def test_the_good_band_is_the_rates_within_one_standard_error_of_the_best():
+    _, by_rate = tables.tables(_rows(swept()))
+    cells = _cells(by_rate)
+    assert list(cells) == ["1e-5", "3e-5", "1e-4", "3e-4", "1e-3", "3e-3", "best"]
+    bands = {
+        method: [rate for rate, line in cells.items() if line[method].endswith("*")]
+        for method in MEANS
+    }
+    assert bands == {
+        "lora": ["1e-4", "3e-4"],
+        "lorapro-full": ["3e-5", "3e-4"],
+        "lorapro-adamw": ["3e-3"],
+    }
+    assert list(cells["best"].values()) == ["best", "3e-4", "3e-4", "3e-3"]
+    assert cells["1e-5"]["lora"] == "0.600 ± 0.002"
+
+
+def _lost(one: dict) -> dict:
+    return one | {"final": None, "diverged": 7, "reason": "the training loss is nan"}
+
+
+def test_a_rate_with_a_diverged_seed_has_no_mean_and_is_not_the_best():
+    at = {"method": "lora", "learning_rate": 3e-4, "seed": 1}
+    records = [_lost(r) if at.items() <= r["config"].items() else r for r in swept()]
+    methods, by_rate = map(_cells, tables.tables(_rows(records)))
+    assert by_rate["3e-4"]["lora"] == "1/3 diverged"
+    assert methods["lora"]["best rate"] == by_rate["best"]["lora"] == "1e-4"
+
+
+def test_a_method_that_diverged_everywhere_is_in_every_table_and_plot(tmp_path):
+    records = [_lost(r) if r["config"]["method"] == "lora" else r for r in swept()]
+    rows = _rows(records)
+    methods, by_rate = map(_cells, tables.tables(rows))
+    assert list(methods["lora"].values()) == ["lora", "–", "3", "3/3 diverged", "0.01", "–"]
+    assert [line["lora"] for line in by_rate.values()] == ["3/3 diverged"] * len(RATES) + ["–"]
+    assert len(plots.draw(rows, tmp_path)) == 3
+    alone = [r for r in rows if r.method == "lora"]
+    plots.draw(alone[:2], tmp_path)  # scores of nothing but runs that diverged
+
+
+def test_other_settings_are_another_sweep_and_one_rate_is_none():
+    shown = [table.title for table in tables.tables(_rows([*swept(), *swept(batch_size=8)]))]
+    assert [title.split(": ")[1].split()[-1] for title in shown] == ["rate"] * 4
+    one_rate = [r for r in swept() if r["config"]["learning_rate"] == 1e-4]
+    assert len(tables.tables(_rows(one_rate))) == 1
 
 
 def test_only_what_stands_between_the_markers_is_replaced():
@@ -130,14 +242,63 @@ def test_the_command_writes_table_and_plots_into_the_page(tmp_path, records, cap
     argv = ["--results", str(tmp_path / "results"), "--page", str(page)]
     assert report_page.main(argv) == 0
     text = page.read_text()
-    assert "0.7233 ± 0.0153" in text
+    assert "0.723 ± 0.015" in text
     images = re.findall(r"!\[.+\]\((.+)\)", text)
-    assert len(images) == 2
+    assert len(images) == 4  # each task's training loss, and of the sweep two scores by rate
     for image in images:
         assert (tmp_path / image).read_bytes().startswith(b"\x89PNG")
     assert report_page.main(argv) == 0
     assert page.read_text() == text
     assert "wrote" in capsys.readouterr().out
+
+
+def test_commands_that_share_a_folder_draw_in_turn_and_the_last_draws_all(tmp_path, monkeypatch):
+    told = []
+
+    def draw(rows, folder):
+        told.append({row.method for row in rows})
+        time.sleep(0.05)
+        told.append("drawn")
+        return {}
+
+    def command(method):
+        result = record(method=method)
+        storage.write_json(tmp_path / method / checkpoint.RESULT, result, "a result")
+        finetune.show([result], tmp_path, Console(quiet=True))
+
+    monkeypatch.setattr(finetune, "draw", draw)
+    methods = sorted(plots.STYLES)
+    with concurrent.futures.ThreadPoolExecutor(len(methods)) as pool:
+        list(pool.map(command, methods))
+    assert told[1::2] == ["drawn"] * len(methods)
+    assert told[-2] == set(methods)
+
+
+def test_a_figure_says_its_question_and_names_every_line_once(tmp_path, monkeypatch):
+    """No text over another, none outside the figure, at three methods of one last value."""
+    seen = []
+
+    def checked(self, *args, **kwargs):
+        self.draw_without_rendering()
+        texts = [*self.texts, *self.axes[0].texts]
+        boxes = [Text.get_window_extent(text) for text in texts]  # without their lines
+        seen.append([t.get_text() for t in self.axes[0].texts])
+        for i, box in enumerate(boxes):
+            assert self.bbox.x0 <= box.x0
+            assert box.x1 <= self.bbox.x1
+            assert not any(box.overlaps(other) for other in boxes[:i])
+            assert not any(box.overlaps(ax.get_window_extent()) for ax in self.axes)
+
+    monkeypatch.setattr(Figure, "savefig", checked)
+    made = [
+        record(method=method, rate=rate, seed=seed)
+        for method in ("lora", "lorapro-full", "lorapro-factored")
+        for rate in (1e-4, 3e-4, 1e-3)
+        for seed in (0, 1)
+    ]
+    plots.draw(_rows(made), tmp_path)
+    methods = {"lora", "lorapro-full", "lorapro-factored"}
+    assert [{text.split(",")[0] for text in texts} for texts in seen] == [methods] * 3
 
 
 def test_a_missing_marker_is_found_before_anything_is_written(tmp_path, records, capsys):
@@ -183,14 +344,12 @@ def test_smoothing_keeps_a_line_and_a_constant():
 
 
 def _paper_cells(records) -> dict[str, dict[str, str]]:
-    head, _, *lines = paper.table(summary.summarise(records)).splitlines()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in (head, *lines)]
-    return {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[1:]}
+    return _cells(paper.table(_rows(records)))
 
 
 def _paper_runs(**changes) -> list[dict]:
     """A record of every run of the paper's set-up on its five tasks, accuracy 0.8 + seed / 100."""
-    command = dataclasses.replace(CONFIGS["t5_glue"], weights="google-t5/t5-base", **changes)
+    command = dataclasses.replace(CONFIGS["t5_glue"], weights=MODELS["t5"].weights, **changes)
     made = []
     for task in paper.TASKS:
         for run in runs(dataclasses.replace(command, task=task)):
@@ -225,4 +384,10 @@ def test_the_papers_figures_are_quoted_right():
     theirs["LoRA-Pro (full mode)"] = theirs.pop("LoRA-Pro (v1)")
     for name, figures in paper.FIGURES.items():
         sure = [None if "(u)" in cell else cell for cell in theirs.get(name, ["(u)"] * 6)]
-        assert list(figures) == sure, name
+        assert figures == sure, name
+
+
+def test_every_method_has_a_colour_line_and_marker_of_its_own():
+    assert set(plots.STYLES) == set(METHODS)
+    for part in ("color", "ls", "marker"):
+        assert len({style[part] for style in plots.STYLES.values()}) == len(METHODS)

@@ -127,7 +127,7 @@ def test_what_is_there_is_only_reported(both, capsys, monkeypatch):
     for main in (sweep.main, finetune.main):
         for method in FLAGS:
             assert main(flags(out, method)) == (method == "lora")
-            assert (out / "loss.png").exists()
+            assert (out / "pydoc-tiny-loss.png").exists()
         shown = capsys.readouterr()
         assert shown.err.count("result.json has the ids of the step's examples") == 2
     assert before == {path: path.read_bytes() for path in out.glob("*/*.json")}

@@ -4,7 +4,7 @@
 
 and mrpc, sst2, qnli, mnli. Needs T5-base's weights (`--weights FOLDER`, or a network) and an
 accelerator. Not run here: there is no time and no result to expect but the paper's, which stands in
-docs/results.md and `experiments/report/paper.py`. `--smoke` does the same in seconds on a random
+docs/results.md and `experiments/report/paper.json`. `--smoke` does the same in seconds on a random
 tiny model.
 """
 

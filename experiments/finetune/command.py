@@ -11,6 +11,7 @@ with --distributed and either a cluster that jax.distributed knows, or its own i
 """
 
 import dataclasses
+import json
 import sys
 from typing import Any
 
@@ -29,11 +30,10 @@ from experiments.finetune.result import divergence
 from experiments.finetune.run import Session, run_or_read
 from experiments.finetune.train import PreemptedError
 from experiments.models import get as model_named
-from experiments.report import sensitivity
 from experiments.report.plots import draw
 from experiments.report.summary import summarise
-from experiments.report.tables import rich_sensitivity, rich_table
-from experiments.storage import Path, check_folder
+from experiments.report.tables import rich_table, tables
+from experiments.storage import Path, check_folder, locked
 
 
 @reported
@@ -78,14 +78,21 @@ def compare(session: Session) -> int:
 
 
 def show(results: list[dict[str, Any]], out: Path, console: Console) -> None:
-    """Shows the table of these results; writes the file of all that are in `out`, and the plots."""
+    """Shows the tables of these results; writes the file and the plots of all that are in `out`."""
     rows = summarise(results)
-    written = once(lambda: list(map(str, [collect(out), *draw(rows, out).values()])))
-    console.print(rich_table(rows))
-    for table in sensitivity.tables(rows):
-        console.print(rich_sensitivity(table))
+    written = once(lambda: list(map(str, write_all(out))))
+    for table in tables(rows):
+        console.print(rich_table(table))
     for path in written:
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+
+
+def write_all(out: Path) -> list[Path]:
+    """results.jsonl and the plots of it: the last of the commands that share `out` has them all."""
+    path = collect(out)
+    with locked(out, wait=True):
+        results = [json.loads(line) for line in path.read_text().splitlines()]
+        return [path, *draw(summarise(results), out).values()]
 
 
 def checked(command: AnyGrid) -> AnyGrid:

@@ -69,7 +69,7 @@ class Model:
     model: str = "minilm"
     """minilm (a pretrained encoder), t5 (text to text), or tiny and t5-tiny (random, for tests)."""
     weights: str | None = None
-    """For t5: a folder with a T5 as Hugging Face keeps it, or a name there; None: t5-base."""
+    """For t5: a folder as Hugging Face keeps a T5, or NAME@COMMIT on its hub; None: t5-base."""
     remat: bool = False
     """The backward pass computes every layer anew, for memory (XLA undoes it on a CPU)."""
     dtype: Literal["float32", "bfloat16"] = "float32"

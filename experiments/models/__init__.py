@@ -61,9 +61,11 @@ def _pretrained_t5(weights: str, *, rngs: nnx.Rngs, **options) -> t5.T5:
     return t5_files.load(weights, **options)
 
 
+T5_BASE = "google-t5/t5-base@a9723ea7f1b39c1eae772870f3b547bf6ef7e6c1"  # on the Hugging Face hub
+
 MODELS: dict[str, Model] = {
     "minilm": _encoder(minilm),
     "tiny": _encoder(tiny),
-    "t5": _text_to_text(_pretrained_t5, t5_files.tokenizer, "google-t5/t5-base"),
+    "t5": _text_to_text(_pretrained_t5, t5_files.tokenizer, T5_BASE),
     "t5-tiny": _text_to_text(t5_tiny.load, t5_tiny.tokenizer),
 }

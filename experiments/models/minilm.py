@@ -60,10 +60,7 @@ def _file(name: str, path: str | pathlib.Path | None) -> pathlib.Path:
 
 def tokenizer(path: str | pathlib.Path | None = None) -> tokenizers.Tokenizer:
     """The model's WordPiece tokenizer, without the padding and truncation its file asks for."""
-    loaded = tokenizers.Tokenizer.from_file(str(_file("tokenizer.json", path)))
-    loaded.no_padding()
-    loaded.no_truncation()
-    return loaded
+    return weights.read_tokenizer(_file("tokenizer.json", path), f"reinstall it, `{REINSTALL}`")
 
 
 def load(
@@ -77,13 +74,8 @@ def load(
 ) -> bert.BertClassifier:
     """The pretrained encoder under a fresh head of `num_labels` classes.
 
-    Args:
-        num_labels: the head's classes.
-        rngs: draws the head.
-        dropout: rate on the pooled features.
-        dtype: of the activations; the parameters are float32.
-        remat: whether the backward pass computes every layer anew.
-        path: a folder with config.json and model.safetensors; by default the installed package's.
+    `rngs` draws the head; `dropout` is of the pooled features, `dtype` of the activations; with
+    `remat` the backward pass recomputes every layer; `path` is a folder in place of the package's.
 
     Raises:
         FileNotFoundError: the package, or a file of it, is missing.

@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
-import json
 import pathlib
 
 from flax import nnx
+
+from experiments.models import weights
+from experiments.storage import read_json
 
 # feed_forward_proj -> (whether the MLP is gated, its activation)
 ACTIVATIONS = {
@@ -46,11 +48,18 @@ class T5Config:
                 f"feed_forward_proj is {self.feed_forward_proj!r}; this T5 computes "
                 f"{', '.join(ACTIVATIONS)}"
             )
-        if self.relative_attention_num_buckets < 4:
+        distance = self.relative_attention_max_distance
+        if not 4 <= self.relative_attention_num_buckets < 2 * distance:
             raise ValueError(
                 f"relative_attention_num_buckets is {self.relative_attention_num_buckets}; at "
-                "least 4 are needed: two directions, near and far"
+                "least 4 are needed (two directions, near and far), and less than twice the "
+                f"distance, relative_attention_max_distance {distance}"
             )
+        if not 0 <= self.dropout_rate < 1:
+            raise ValueError(f"dropout_rate is {self.dropout_rate}; expected 0 or more, below 1")
+        last = max(self.pad_token_id, self.eos_token_id, self.decoder_start_token_id)
+        if last >= self.vocab_size:
+            raise ValueError(f"token {last} is not below vocab_size, {self.vocab_size}")
 
     @classmethod
     def from_json(cls, path: str | pathlib.Path) -> "T5Config":
@@ -59,18 +68,12 @@ class T5Config:
         Raises:
             ValueError: the file describes another architecture, or lacks a size.
         """
-        found = json.loads(pathlib.Path(path).read_text())
+        path = pathlib.Path(path)
+        found = read_json(path, (), "a model's configuration", weights.REMEDY)
         if found.get("model_type", "t5") != "t5":
             raise ValueError(f"{path}: model_type is {found['model_type']!r}, expected 't5'")
-        sizes = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
-        if missing := [name for name in sizes if name not in found]:
-            raise ValueError(f"{path}: {', '.join(missing)} missing; is it a T5's config.json?")
         found.setdefault("scale_decoder_outputs", found.get("tie_word_embeddings", True))
         if found.get("num_decoder_layers") is None:
-            found["num_decoder_layers"] = found["num_layers"]
-        names = {field.name for field in dataclasses.fields(cls)}
-        known = {k: v for k, v in found.items() if k in names and v is not None}
-        try:
-            return cls(**known)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            found["num_decoder_layers"] = found.get("num_layers")
+        sizes = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
+        return weights.config(cls, found, path, sizes)

@@ -16,14 +16,11 @@ import tokenizers
 from flax import nnx
 from tokenizers import decoders, normalizers, pre_tokenizers, processors
 
-from experiments.exits import first_line
 from experiments.models import weights
 from experiments.models.t5 import T5
 from experiments.models.t5_config import T5Config
 from experiments.storage import write_atomic
 
-_INDEX, _WEIGHTS, _CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
-_PATTERNS = [_CONFIG, "*.safetensors", _INDEX, "tokenizer.json", "spiece.model"]
 SENTINELS = 100  # <extra_id_99> to <extra_id_0>, behind the pieces of spiece.model
 
 # Copies of the embedding that older files hold, and a bias that no T5 ever used.
@@ -39,7 +36,6 @@ _SUBLAYERS = {
         "mlp": (2, "DenseReluDense"),
     },
 }
-STACKS = tuple(_SUBLAYERS)
 _NORMS = {"attention_norm": "attention", "cross_norm": "cross_attention", "mlp_norm": "mlp"}
 
 
@@ -58,27 +54,6 @@ def tensor_name(path: tuple) -> str:
     return f"{stack}.block.{layer}.layer.{number}.{name}.weight"
 
 
-def folder_of(model: str | pathlib.Path) -> pathlib.Path:
-    """The folder that `model` is, or the one that huggingface_hub has or downloads for its name.
-
-    Raises:
-        FileNotFoundError: it is no folder, and no model of that name could be had.
-    """
-    folder = pathlib.Path(model).expanduser()
-    if folder.is_dir():
-        return folder
-    import huggingface_hub  # a second to import: only where a name is asked for
-
-    try:
-        return pathlib.Path(huggingface_hub.snapshot_download(str(model), allow_patterns=_PATTERNS))
-    except Exception as error:  # of the hub, of its HTTP library and of the file system
-        raise FileNotFoundError(
-            f"there is no folder {folder}, and the Hugging Face hub did not give {str(model)!r} "
-            f"({first_line(error)}). Without a network, copy {_CONFIG}, {_WEIGHTS} and "
-            "tokenizer.json or spiece.model from a connected machine into a folder, and pass that"
-        ) from error
-
-
 def load(
     model: str | pathlib.Path,
     *,
@@ -87,30 +62,27 @@ def load(
     param_dtype=jnp.float32,
     remat: bool = False,
 ) -> T5:
-    """The pretrained T5 of a folder, or of a name on the Hugging Face hub ("t5-base").
+    """The pretrained T5 of a folder, or of NAME@COMMIT on the Hugging Face hub.
 
-    Args:
-        model: the folder, or the name.
-        dropout: rate everywhere in the model; None is the config's.
-        dtype: of the activations.
-        param_dtype: of the weights.
-        remat: whether the backward pass computes every layer anew.
+    `dropout` None is the config's rate, `dtype` of the activations, `param_dtype` of the weights;
+    with `remat` the backward pass recomputes every layer.
 
     Raises:
         FileNotFoundError: there is no such folder or name, or a file is missing.
         ValueError: a file is damaged, or does not fit the config.
     """
-    folder = folder_of(model)
-    config = T5Config.from_json(_there(folder, _CONFIG))
+    folder = weights.folder_of(model)
+    config = T5Config.from_json(weights.there(folder, weights.CONFIG))
     if dropout is not None:
         config = dataclasses.replace(config, dropout_rate=dropout)
-    file, tensors = _tensors(folder)
+    file, tensors = weights.tensors_of(folder)
     tied = _drop_copies(tensors, file)
     options = {"tied": tied, "dtype": dtype, "param_dtype": param_dtype, "remat": remat}
     made = nnx.eval_shape(lambda: T5(config, **options, rngs=nnx.Rngs(0)))
     graph, params, rest = nnx.split(made, nnx.Param, ...)
-    remedy = "copy the files of one model anew"
-    params = weights.filled(params, tensors, tensor_name, what="a T5", file=file, remedy=remedy)
+    params = weights.filled(
+        params, tensors, tensor_name, what="a T5", file=file, remedy=weights.REMEDY
+    )
     return nnx.merge(graph, params, rest)
 
 
@@ -131,48 +103,20 @@ def save(model: T5, folder: str | pathlib.Path, tokenizer: tokenizers.Tokenizer)
     told |= {"tie_word_embeddings": model.config.scale_decoder_outputs, "is_encoder_decoder": True}
     tensors = weights.named(nnx.state(model, nnx.Param), tensor_name)
     files = {
-        _WEIGHTS: safetensors.numpy.save(tensors, metadata={"format": "pt"}),
-        "tokenizer.json": tokenizer.to_str(pretty=True).encode(),
-        _CONFIG: (json.dumps(told | fields, indent=2) + "\n").encode(),
+        weights.WEIGHTS: safetensors.numpy.save(tensors, metadata={"format": "pt"}),
+        weights.TOKENIZER: tokenizer.to_str(pretty=True).encode(),
+        weights.CONFIG: (json.dumps(told | fields, indent=2) + "\n").encode(),
     }
     for name, content in files.items():
         write_atomic(folder / name, content, "the model")
 
 
-def _there(folder: pathlib.Path, name: str) -> pathlib.Path:
-    file = folder / name
-    if not file.is_file():
-        found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
-        raise FileNotFoundError(f"{file} does not exist; in the folder there is {found}")
-    return file
-
-
-def _tensors(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, np.ndarray]]:
-    """(the file to name in errors, all tensors) of one file or of its shards."""
-    remedy = "copy or download it again"
-    if not (folder / _INDEX).is_file():
-        file = _there(folder, _WEIGHTS)
-        return file, weights.read(file, remedy)
-    index, tensors = folder / _INDEX, {}
-    try:
-        shard_of = json.loads(index.read_text())["weight_map"]
-    except (json.JSONDecodeError, KeyError) as error:
-        raise ValueError(f"{index} is no index of shards ({error!r}); {remedy}") from error
-    for shard in sorted(set(shard_of.values())):
-        tensors |= weights.read(_there(folder, shard), remedy)
-    if lost := sorted(shard_of.keys() - tensors.keys()):
-        raise ValueError(f"{index}: the shards lack {len(lost)} tensors ({lost[0]}); {remedy}")
-    return index, tensors
-
-
 def _drop_copies(tensors: dict[str, np.ndarray], file: pathlib.Path) -> bool:
     """Removes what repeats the embedding, and says whether the head does too."""
     tensors.pop(_UNUSED, None)
-    if "shared.weight" not in tensors and _COPIES[0] in tensors:
-        tensors["shared.weight"] = tensors[_COPIES[0]]
     for name in _COPIES:
         copy = tensors.pop(name, None)
-        if copy is not None and not np.array_equal(copy, tensors["shared.weight"]):
+        if copy is not None and not np.array_equal(copy, tensors.setdefault("shared.weight", copy)):
             raise ValueError(
                 f"{file}: {name} is not shared.weight; this T5 has one embedding for both stacks"
             )
@@ -190,15 +134,23 @@ def tokenizer(model: str | pathlib.Path) -> tokenizers.Tokenizer:
 
     Raises:
         FileNotFoundError: there is no such folder or name, or it has no tokenizer.
-        ValueError: spiece.model is no Unigram model.
+        ValueError: the file is damaged, no Unigram model, or does not fit the config.
     """
-    folder = folder_of(model)
-    if (folder / "tokenizer.json").is_file():
-        loaded = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        loaded.no_padding()
-        loaded.no_truncation()
-        return loaded
-    return from_sentencepiece(_there(folder, "spiece.model"))
+    folder = weights.folder_of(model)
+    if (file := folder / weights.TOKENIZER).is_file():
+        loaded = weights.read_tokenizer(file)
+    else:
+        file = weights.there(folder, "spiece.model")
+        loaded = from_sentencepiece(file)
+    config = T5Config.from_json(weights.there(folder, weights.CONFIG))
+    end, most = loaded.token_to_id("</s>"), max(loaded.get_vocab().values(), default=-1)
+    if end != config.eos_token_id or most >= config.vocab_size:
+        raise ValueError(
+            f"{file} has '</s>' as token {end} and tokens up to {most}; {folder / weights.CONFIG} "
+            f"expects it as {config.eos_token_id} and all below {config.vocab_size}: they belong "
+            f"to different models; {weights.REMEDY}"
+        )
+    return loaded
 
 
 def from_sentencepiece(file: pathlib.Path) -> tokenizers.Tokenizer:
@@ -206,13 +158,15 @@ def from_sentencepiece(file: pathlib.Path) -> tokenizers.Tokenizer:
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto()
-    proto.ParseFromString(file.read_bytes())
-    kind = proto.trainer_spec.ModelType.Name(proto.trainer_spec.model_type)
-    if kind != "UNIGRAM" or not proto.pieces:
-        raise ValueError(f"{file} is a {kind} model of {len(proto.pieces)} pieces; T5's is UNIGRAM")
-    pieces = [(piece.piece, piece.score) for piece in proto.pieces]
-    charsmap = proto.normalizer_spec.precompiled_charsmap
-    return unigram(pieces, proto.trainer_spec.unk_id, charsmap)
+    try:
+        proto.ParseFromString(file.read_bytes())
+        spec, pieces = proto.trainer_spec, [(piece.piece, piece.score) for piece in proto.pieces]
+        kind = spec.ModelType.Name(spec.model_type)
+        if kind != "UNIGRAM" or not proto.HasField("normalizer_spec"):  # the last part of a file
+            raise ValueError(f"{kind}, {len(pieces)} pieces; expected UNIGRAM and a normalizer")
+        return unigram(pieces, spec.unk_id, proto.normalizer_spec.precompiled_charsmap)
+    except Exception as error:  # protobuf's DecodeError, the plain Exception of tokenizers
+        raise ValueError(f"{file} is no T5's tokenizer ({error}); {weights.REMEDY}") from error
 
 
 def unigram(

@@ -1,13 +1,13 @@
-"""Loss curves and the headline metric, by bars or by learning rate, from results, as PNG files.
+"""Results as PNG files: one question a figure, each method's name where its line ends.
 
-Colours are Okabe and Ito's, which the colour-blind can tell apart; line styles, hatches and markers
+The colours can be told apart by the colour-blind and read as text on white; markers and line styles
 say the same a second time.
 """
 
-import functools
+import collections
 import io
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import matplotlib
 
@@ -19,202 +19,138 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from experiments import storage
-from experiments.report import sensitivity
-from experiments.report.summary import Row, best_rows
-
-
-class Style(NamedTuple):
-    """How a method is drawn."""
-
-    colour: str
-    line: Any  # Matplotlib's line style
-    hatch: str
-    marker: str
-
+from experiments.report.summary import Row, best_rows, groups, is_sweep, rate_text
 
 STYLES = {
-    "full": Style("#444444", "-", "", "o"),
-    "lora": Style("#E69F00", "--", "//", "s"),
-    "lorapro-full": Style("#0072B2", "-", "..", "^"),
-    "lorapro-factored": Style("#D55E00", (0, (5, 1.5, 1, 1.5, 1, 1.5)), "oo", "D"),
-    "lorapro-adamw": Style("#009E73", "-.", "xx", "v"),
+    "full": {"color": "#444444", "ls": (0, (1, 1)), "marker": "o"},
+    "lora": {"color": "#008060", "ls": "--", "marker": "s"},
+    "lorapro-full": {"color": "#0072B2", "ls": "-", "marker": "^"},
+    "lorapro-factored": {"color": "#C84E00", "ls": (0, (6, 1.5, 1, 1.5)), "marker": "D"},
+    "lorapro-adamw": {"color": "#AA4499", "ls": "-.", "marker": "v"},
 }
-_LABELLED = 6  # bars of a panel up to which their values fit above them
-_OTHER = Style("#CC79A7", ":", "++", "P")
 SMOOTHED_OVER = 10  # a point of a curve is the mean of this share of it: 1/10
+_NAMES = {"accuracy": "accuracy", "f1": "F1", "matthews": "Matthews correlation", "loss": "loss"}
+_SIZE = (7.0, 4.2)  # inches: at a page's 700 pixels the font's 10 points are 14 pixels
+_GAP = 0.075  # between two lines of text, as a share of the height
 
 
 def draw(rows: Sequence[Row], folder: storage.Path, prefix: str = "") -> dict[str, storage.Path]:
-    """Writes <prefix>loss.png, and metric.png, rates.png and rates-loss.png or all, into `folder`.
+    """Writes the figures of every task and its settings into `folder`, each whole or not at all.
 
-    Rows of a sweep over learning rates go into the rates, the others into metric.png. Each has one
-    panel per task and settings. An earlier image that has no rows any more is removed.
+    These are <prefix><task>-<model>-loss.png and, of a sweep over learning rates, -rates.png and
+    -rates-loss.png. Further settings of one task and model are numbered from -2 on.
 
     Returns:
-        What an image shows -> its path.
+        What a figure shows -> its path.
     """
-    swept = sensitivity.rows_of(sensitivity.sweeps(rows))
-    others = [row for row in rows if not any(row is other for other in swept)]
-    images = {
-        "training loss": (rows, loss_curves, "loss"),
-        "headline metric": (others, metric_bars, "metric"),
-        "headline metric by learning rate": (swept, by_rate, "rates"),
-        "validation loss by learning rate": (
-            swept,
-            functools.partial(by_rate, name="loss"),
-            "rates-loss",
-        ),
-    }
-    made = {}
-    for what, (shown, panel, name) in images.items():
-        path = folder / f"{prefix}{name}.png"
-        if shown:
-            made[what] = _figure(shown, panel, path)
-        else:
-            path.unlink(missing_ok=True)
+    made, seen = {}, collections.Counter()
+    for group in groups(rows):
+        name = f"{group[0].task}-{group[0].model}"
+        seen[name] += 1
+        name += f"-{seen[name]}" if seen[name] > 1 else ""
+        figures: dict[str, tuple[str, Callable]] = {"loss": ("training loss", loss_curves)}
+        if is_sweep(group):
+            figures["rates"] = ("score by rate", by_rate)
+            figures["rates-loss"] = ("validation loss by rate", partial(by_rate, name="loss"))
+        for file, (what, panel) in figures.items():
+            path = folder / f"{prefix}{name}-{file}.png"
+            made[f"{name}: {what}"] = _figure(group, panel, path)
     return made
 
 
-def _figure(rows: Sequence[Row], panel, path: storage.Path) -> storage.Path:
-    panels: dict[tuple, list[Row]] = {}
-    for row in rows:
-        panels.setdefault((row.task, row.settings), []).append(row)
-    figure, axes = plt.subplots(
-        1,
-        len(panels),
-        figsize=(max(4.2 * len(panels), 6.4), 4.0),
-        layout="constrained",
-        squeeze=False,
-    )
-    for ax, shown in zip(axes[0], panels.values(), strict=True):
-        panel(ax, shown)
-        ax.spines[["top", "right"]].set_visible(False)
-    handles = {
-        label: h for ax in axes[0] for h, label in zip(*ax.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(
-        handles.values(),
-        handles.keys(),
-        loc="outside lower center",
-        ncols=min(len(handles), 3 * len(axes[0])),
-        frameon=False,
-    )
-    drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=150, format="png", metadata={"Software": None})
-    plt.close(figure)
+def _figure(rows: Sequence[Row], panel: Callable, path: storage.Path) -> storage.Path:
+    with plt.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+        figure, ax = plt.subplots(figsize=_SIZE, layout="constrained")
+        question, subtitle = panel(ax, rows)
+        figure.get_layout_engine().set(rect=(0, 0, 1, 0.86))  # above it are the two lines of text
+        figure.text(0.01, 0.98, question, va="top", fontsize=13, fontweight="bold")
+        figure.text(0.01, 0.91, subtitle, va="top", color="#444444")
+        ax.grid(alpha=0.25)
+        drawn = io.BytesIO()
+        figure.savefig(drawn, dpi=150, format="png", metadata={"Software": None})
+        plt.close(figure)
     storage.write_atomic(path, drawn.getvalue(), "the plot")
     return path
 
 
-def loss_curves(ax: Axes, rows: Sequence[Row]) -> None:
+def loss_curves(ax: Axes, rows: Sequence[Row]) -> tuple[str, str]:
     """Training loss by step: each method at its best rate, smoothed, the mean over the seeds."""
-    for row in best_rows(rows):
-        style = STYLES.get(row.method, _OTHER)
+    labels = []
+    for row in (row for row in best_rows(rows) if not row.diverged):
+        style = STYLES[row.method]
         curves = [np.array(record["losses"]) for record in row.records]
         steps = curves[0][:, 0]
         losses = smoothed(np.mean([curve[:, 1] for curve in curves], axis=0))
-        ax.plot(steps, losses, ls=style.line, color=style.colour, lw=1.8, label=row.method)
-    rates = {row.learning_rate for row in rows}
-    title = f"{rows[0].task}: training loss"
-    ax.set_title(title + (", each method at its best rate" if len(rates) > 1 else ""), fontsize=10)
+        ax.plot(steps, losses, **style | {"marker": ""}, lw=1.6)
+        text = f"{row.method}, {rate_text(row.learning_rate)}"
+        labels.append((steps[-1], losses[-1], style["color"], text))
     ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     ax.set_xlabel("step")
-    ax.set_ylabel("cross-entropy (moving mean)")
-    ax.grid(alpha=0.25)
+    _label(ax, labels)
+    facts = _facts(rows, "moving mean of the cross-entropy")
+    return "How does the training loss fall at each method's best rate?", facts
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
     """A centred moving mean; at the ends, of the values that there are."""
-    half = len(values) // (2 * SMOOTHED_OVER)
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    index = np.arange(len(values))
-    low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
-    return (sums[high] - sums[low]) / (high - low)
+    window = np.ones(2 * (len(values) // (2 * SMOOTHED_OVER)) + 1)
+    sums, counts = (np.convolve(x, window, "same") for x in (values, np.ones(len(values))))
+    return sums / counts
 
 
-def metric_bars(ax: Axes, rows: Sequence[Row]) -> None:
-    """The headline metric of every method, grouped by learning rate, std as a whisker.
-
-    Where each method has one rate only, its bar stands above it.
-    """
-    methods = list(dict.fromkeys(row.method for row in rows))
-    rates = sorted({row.learning_rate for row in rows})
-    single = len(rows) == len(methods)  # one rate a method: no groups
-    width = 0.8 if single else 0.8 / len(methods)
-    for row in rows:
-        place = methods.index(row.method)
-        if not single:
-            place = rates.index(row.learning_rate) + width * (place - (len(methods) - 1) / 2)
-        if row.diverged:
-            ax.text(place, 0.02, "diverged", rotation=90, ha="center",
-                    transform=ax.get_xaxis_transform())  # fmt: skip
-            continue
-        style = STYLES.get(row.method, _OTHER)
-        first = row is next(r for r in rows if r.method == row.method)
-        bar = ax.bar(
-            place,
-            row.mean["metric"],
-            0.9 * width,
-            yerr=row.std["metric"] if row.n > 1 else None,
-            capsize=3,
-            ecolor="#000000",
-            color=style.colour,
-            alpha=0.85,
-            hatch=style.hatch,
-            edgecolor="white",
-            label=row.method if first else None,
-        )
-        if len(rows) <= _LABELLED:
-            ax.bar_label(bar, fmt="%.3f", fontsize=8, padding=2)
-    ticks = [row.learning_rate for row in rows] if single else rates
-    ax.set_xticks(range(len(ticks)), [f"{rate:g}" for rate in ticks])
-    ax.set_xlabel("learning rate")
-    ax.set_ylabel(rows[0].metric)
-    seeds = sorted({row.n for row in rows})
-    ax.set_title(
-        f"{rows[0].task}: validation {rows[0].metric}, n = {'-'.join(map(str, seeds))}", fontsize=10
-    )
-    _cut_axis(ax, rows)
-
-
-def by_rate(ax: Axes, rows: Sequence[Row], name: str = "metric") -> None:
-    """A score against the learning rate, a line per method, its standard error a band.
+def by_rate(ax: Axes, rows: Sequence[Row], name: str = "metric") -> tuple[str, str]:
+    """A score against the learning rate, a line per method, its standard error a whisker.
 
     A cross at the bottom is a rate at which a seed diverged; the line is broken there.
     """
-    for number, method in enumerate(dict.fromkeys(row.method for row in rows)):
-        style = STYLES.get(method, _OTHER)
+    methods, labels = list(dict.fromkeys(row.method for row in rows)), []
+    for number, method in enumerate(methods):
+        style = STYLES[method]
         mine = sorted((r for r in rows if r.method == method), key=lambda r: r.learning_rate)
-        rates = np.array([row.learning_rate for row in mine])
+        # Side by side, so that whiskers at one rate do not cover each other.
+        shift = 1.035 ** (number - (len(methods) - 1) / 2)
+        rates = shift * np.array([row.learning_rate for row in mine])
         means = np.array([np.nan if row.diverged else row.mean[name] for row in mine])
-        errors = np.array([0.0 if row.diverged else row.error(name) or 0.0 for row in mine])
-        ax.fill_between(rates, means - errors, means + errors, color=style.colour, alpha=0.15, lw=0)
-        ax.plot(rates, means, ls=style.line, color=style.colour, marker=style.marker, ms=5, lw=1.8,
-                label=method)  # fmt: skip
-        lost = rates[[row.diverged > 0 for row in mine]]
-        ax.plot(lost, np.full(len(lost), 0.03 + 0.04 * number), "x", color=style.colour, mew=2,
+        errors = np.array([0.0 if row.diverged else row.error(name) for row in mine])
+        ax.errorbar(rates, means, errors, **style, ms=6, lw=1.8, elinewidth=1, capsize=3)
+        lost = rates[np.isnan(means)]
+        ax.plot(lost, np.full(len(lost), 0.03 + 0.04 * number), "x", mew=2, color=style["color"],
                 transform=ax.get_xaxis_transform())  # fmt: skip
+        ends = np.flatnonzero(~np.isnan(means))
+        if len(ends):
+            labels.append((rates[ends[-1]], means[ends[-1]], style["color"], method))
+    rates = sorted({row.learning_rate for row in rows})
     ax.set_xscale("log")
+    ax.set_xticks(rates, [rate_text(rate) for rate in rates])
+    ax.minorticks_off()
     ax.set_xlabel("peak learning rate")
-    what = rows[0].metric if name == "metric" else name
-    ax.set_ylabel(f"validation {what}, mean ± s.e.")
-    seeds = sorted({row.n for row in rows})
+    _label(ax, labels)
+    what = _NAMES[rows[0].metric if name == "metric" else name]
     crosses = "; x: diverged" if any(row.diverged for row in rows) else ""
-    examples = f"{rows[0].records[0]['train_examples']:,} examples"
-    count = "-".join(map(str, seeds))
-    ax.set_title(f"{rows[0].task}, {examples}, n = {count}{crosses}", fontsize=10)
-    ax.grid(alpha=0.25)
+    spread = ", mean ± standard error" if any(row.n > 1 for row in rows) else ""
+    facts = _facts(rows, f"validation {what}{spread}") + crosses
+    return f"Which learning rates give a {'low' if name == 'loss' else 'high'} {what}?", facts
 
 
-def _cut_axis(ax: Axes, rows: Sequence[Row]) -> None:
-    """Starts the axis a little under the lowest bar, and says so, where 0 would hide the gaps."""
-    rows = [row for row in rows if not row.diverged]
-    if not rows:
-        return
-    lows = [row.mean["metric"] - row.std["metric"] for row in rows]
-    highs = [row.mean["metric"] + row.std["metric"] for row in rows]
-    low = min(lows) - max(0.25 * (max(highs) - min(lows)), 0.02)
-    if low > 0.2:
-        ax.set_ylim(bottom=low)
-        ax.set_ylabel(f"{rows[0].metric} (axis starts at {low:.2f})")
-    ax.margins(y=0.12)
+def _facts(rows: Sequence[Row], what: str) -> str:
+    data = f"{rows[0].task}, {rows[0].model}, {rows[0].records[0]['train_examples']:,} examples"
+    seeds = " or ".join(map(str, sorted({row.n for row in rows})))
+    return f"{data}: {what}, {'one seed' if seeds == '1' else f'{seeds} seeds'}"
+
+
+def _label(ax: Axes, labels: Iterable[tuple[float, float, str, str]]) -> None:
+    """Names lines, (x, y of the end, colour, text), right of the axes, none over another."""
+    low, high = ax.get_ylim()
+    labels = sorted(labels, key=lambda label: label[1])
+    ends = np.array([(y - low) / (high - low) for _, y, *_ in labels])
+    heights = ends.copy()
+    for i in range(1, len(heights)):
+        heights[i] = max(ends[i], heights[i - 1] + _GAP)
+    if len(labels):  # around the ends, and not above the axes
+        heights -= max(np.mean(heights - ends), heights[-1] - 1)
+    for height, (x, y, colour, text) in zip(heights, labels, strict=True):
+        line = {"arrowstyle": "-", "color": colour, "lw": 0.6, "relpos": (0, 0.5)}
+        ax.annotate(text, (x, y), (1.05, height), textcoords="axes fraction", va="center",
+                    color=colour, fontweight="bold", annotation_clip=False,
+                    arrowprops=line | {"shrinkA": 0, "shrinkB": 4})  # fmt: skip
+    ax.set_ylim(low, high)

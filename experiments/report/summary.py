@@ -10,7 +10,8 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-SCORES = ("accuracy", "f1", "matthews", "loss")
+import numpy as np
+
 NEEDED = ("config", "metric", "final")  # in every record
 
 
@@ -21,7 +22,7 @@ class Row(NamedTuple):
     model: str
     method: str
     learning_rate: float
-    settings: str  # the rest of the configuration, as JSON
+    settings: str  # the configuration without method, rate and seed, as JSON
     metric: str  # the task's headline
     n: int
     diverged: int  # of the n
@@ -29,9 +30,9 @@ class Row(NamedTuple):
     std: dict[str, float]  # sample standard deviation; 0 for n = 1; empty if a seed diverged
     records: list[dict[str, Any]]
 
-    def error(self, name: str = "metric") -> float | None:
-        """Standard error of a score's mean; None for one seed."""
-        return self.std[name] / math.sqrt(self.n) if self.n > 1 else None
+    def error(self, name: str = "metric") -> float:
+        """Standard error of a score's mean; 0 for one seed, whose spread is not known."""
+        return self.std[name] / math.sqrt(self.n)
 
 
 def read(folder: pathlib.Path) -> list[dict[str, Any]]:
@@ -50,15 +51,11 @@ def read(folder: pathlib.Path) -> list[dict[str, Any]]:
                 raise ValueError(f"{where} lacks {', '.join(missing)}: it is damaged; remove it")
             key = json.dumps(record["config"], sort_keys=True)
             if key in records:
-                raise ValueError(
-                    f"{where} has the configuration of {records[key][0]}, seed included; keep one"
-                )
+                raise ValueError(f"{where} is the same run as {records[key][0]}; remove one")
             records[key] = where, record
     if not records:
-        raise ValueError(
-            f"{folder} holds no fine-tuning result; run python -m experiments.finetune and copy "
-            "its results.jsonl there"
-        )
+        how = "copy a results.jsonl of python -m experiments.finetune there"
+        raise ValueError(f"{folder} holds no fine-tuning result; {how}")
     return [record for _, record in records.values()]
 
 
@@ -74,49 +71,58 @@ def summarise(records: Iterable[dict[str, Any]]) -> list[Row]:
 def _row(group: list[dict[str, Any]]) -> Row:
     config, metric = group[0]["config"], group[0]["metric"]
     rest = {k: v for k, v in config.items() if k not in ("method", "learning_rate", "seed")}
-    diverged = sum("diverged" in record for record in group)
-    values = {} if diverged else _values(group, metric)
-    return Row(
-        config["task"],
-        config["model"],
-        config["method"],
-        config["learning_rate"],
-        json.dumps(rest, sort_keys=True),
-        metric,
-        len(group),
-        diverged,
-        {name: statistics.fmean(v) for name, v in values.items()},
-        {name: statistics.stdev(v) if len(v) > 1 else 0.0 for name, v in values.items()},
-        group,
-    )
+    named = (config[name] for name in ("task", "model", "method", "learning_rate"))
+    settings = json.dumps(rest, sort_keys=True)
+    diverged, n = sum("diverged" in record for record in group), len(group)
+    values: dict[str, list[float]] = {}
+    if not diverged:
+        values = {name: [r["final"][name] for r in group] for name in group[0]["final"]}
+        values["metric"] = values[metric]
+        values["examples_per_second"] = [r["examples_per_second"] for r in group]
+    mean = {name: statistics.fmean(v) for name, v in values.items()}
+    std = {name: statistics.stdev(v) if n > 1 else 0.0 for name, v in values.items()}
+    return Row(*named, settings, metric, n, diverged, mean, std, group)
 
 
-def _values(group: list[dict[str, Any]], metric: str) -> dict[str, list[float]]:
-    values = {name: [record["final"][name] for record in group] for name in SCORES}
-    values["metric"] = values[metric]
-    for name in ("examples_per_second", "wall_seconds"):
-        values[name] = [record[name] for record in group]
-    return values
-
-
-def best_rows(rows: Sequence[Row]) -> list[Row]:
-    """Per task, settings and method, the row with the highest headline metric of its rates.
-
-    Rates that diverged do not count.
-    """
-    best: dict[tuple, Row] = {}
+def groups(rows: Iterable[Row]) -> list[list[Row]]:
+    """The rows of equal settings, the task among them, in the order of first appearance."""
+    found: dict[str, list[Row]] = {}
     for row in rows:
-        if row.diverged:
-            continue
-        key = (row.task, row.settings, row.method)
-        if key not in best or row.mean["metric"] > best[key].mean["metric"]:
-            best[key] = row
+        found.setdefault(row.settings, []).append(row)
+    return list(found.values())
+
+
+def is_sweep(group: Sequence[Row]) -> bool:
+    """Whether a method of the group has several learning rates."""
+    return len(group) > len({row.method for row in group})
+
+
+def _score(row: Row) -> float:
+    return row.mean.get("metric", -math.inf)  # a rate that diverged is the last choice
+
+
+def best_rows(group: Iterable[Row]) -> list[Row]:
+    """Of each method the row of the rate with the highest headline metric."""
+    best: dict[str, Row] = {}
+    for row in group:
+        best[row.method] = max(best.get(row.method, row), row, key=_score)
     return list(best.values())
 
 
-def spread(row: Row, name: str, digits: int = 4) -> str:
-    """Mean ± std; the mean alone for one seed; for a row that diverged, that in the headline."""
-    if row.diverged:
-        return f"diverged ({row.diverged} of {row.n})" if name == row.metric else "–"
-    text = f"{row.mean[name]:.{digits}f}"
-    return f"{text} ± {row.std[name]:.{digits}f}" if row.n > 1 else text
+def ties(rows: Sequence[Row]) -> list[Row]:
+    """The row with the highest headline metric and those within one standard error of it.
+
+    That error is the one of the two means' difference, sqrt(e1² + e2²). Of methods at their best
+    rates these are the best, of one method's rates its good band; of a single row there are none.
+    """
+    finished = [row for row in rows if not row.diverged]
+    if len(rows) < 2 or not finished:
+        return []
+    best = max(finished, key=_score)
+    top, error = _score(best), best.error()
+    return [row for row in finished if top - _score(row) <= math.hypot(error, row.error())]
+
+
+def rate_text(rate: float) -> str:
+    """A learning rate as it is written on the command line: 2e-3."""
+    return np.format_float_scientific(rate, trim="-", exp_digits=1)

@@ -1,160 +1,123 @@
-"""The rows of a summary as tables: for a terminal, and as Markdown with notes below them."""
+"""Rows as tables: of a task its methods, of a sweep the score by rate."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-import rich.box
 import rich.table
+from rich.box import SIMPLE
 
-from experiments.report import sensitivity
-from experiments.report.summary import SCORES, Row, best_rows, spread
+from experiments.report.summary import Row, best_rows, groups, is_sweep, rate_text, ties
 
-# What has a column, a row or a note of its own; the rest is noted where rows differ in it.
-_SHOWN = {"task", "model", "method", "learning_rate", "seed", "epochs", "train_examples"}
+_SPREAD = "Mean ± standard deviation over the seeds."
 
 
-def _cells(row: Row, digits: int = 4) -> list[str]:
-    record = row.records[0]
-    return [
-        row.task,
-        row.method,
-        f"{row.learning_rate:g}",
-        str(row.n),
-        *(spread(row, name, digits) for name in SCORES),
-        f"{record['trainable_parameters']:,}",
-        f"{record['optimizer_state_bytes'] / 1e6:.2f}",
-        f"{record['step_memory_bytes'] / 1e6:.0f}",
-        *(
-            "–" if row.diverged else f"{row.mean[name]:.0f}"
-            for name in ("examples_per_second", "wall_seconds")
-        ),
+class Table(NamedTuple):
+    """Ready to be shown."""
+
+    title: str
+    note: str
+    headings: list[str]
+    lines: list[list[str]]  # a cell that ends in * is marked
+
+
+def tables(rows: Sequence[Row]) -> list[Table]:
+    """For each task and its settings the methods and, if it is a sweep, their scores by rate.
+
+    A title has the settings that not all tables have in common.
+    """
+    found, made = groups(rows), []
+    settings = [{f"{k} {v}" for k, v in json.loads(group[0].settings).items()} for group in found]
+    for group, mine in zip(found, settings, strict=True):
+        task, model = group[0].task, group[0].model
+        special = mine - set.intersection(*settings) - {f"task {task}", f"model {model}"}
+        title = ", ".join([task, model, *sorted(special)])
+        made.append(_methods(title, group))
+        if is_sweep(group):
+            made.append(_by_rate(title, group))
+    return made
+
+
+def _methods(title: str, group: Sequence[Row]) -> Table:
+    best, metric, lines = best_rows(group), group[0].metric, []
+    marked = ties(best)
+    for row in best:
+        rate, speed = "–", "–"
+        if not row.diverged:
+            rate, speed = rate_text(row.learning_rate), f"{row.mean['examples_per_second']:.0f}"
+        state = f"{row.records[0]['optimizer_state_bytes'] / 1e6:.2f}"
+        lines.append([row.method, rate, str(row.n), _score(row, marked), state, speed])
+    headings = ["method", "best rate", "seeds", metric, "optimizer state (MB)", "examples/s"]
+    note = f"{_data(group)} {_SPREAD} Marked: the best and what is within one standard error of it."
+    return Table(f"{title}: {metric} at each method's best rate", note, headings, lines)
+
+
+def _data(group: Sequence[Row]) -> str:
+    record = group[0].records[0]
+    used = record["train_examples"]
+    share = used / record["train_examples_available"]
+    most = max(r["steps"] for row in group for r in row.records)  # one that diverged has fewer
+    steps = f"{most:,} steps of {record['config']['batch_size']}"
+    validated = f"validated on {record['eval_examples']:,}"
+    return f"{used:,} training examples ({share:.0%}), {steps}, {validated}."
+
+
+def _by_rate(title: str, group: Sequence[Row]) -> Table:
+    best = {row.method: row for row in best_rows(group)}
+    rows = {(row.learning_rate, row.method): row for row in group}
+    bands = {name: ties([row for row in group if row.method == name]) for name in best}
+    lines = [
+        [rate_text(rate), *(_score(rows.get((rate, name)), bands[name]) for name in best)]
+        for rate in sorted({row.learning_rate for row in group})
     ]
+    rates = ["–" if row.diverged else rate_text(row.learning_rate) for row in best.values()]
+    lines.append(["best", *rates])
+    note = f"{_SPREAD} Marked: the good band, within one standard error of a method's best."
+    return Table(f"{title}: {group[0].metric} by rate", note, ["rate", *best], lines)
 
 
-_HEADINGS = [
-    "task",
-    "method",
-    "learning rate",
-    "n",
-    "accuracy",
-    "F1",
-    "Matthews",
-    "loss",
-    "trained parameters",
-    "optimizer state (MB)",
-    "step memory (MB)",
-    "examples/s",
-    "time (s)",
-]
-_STEP_MEMORY = _HEADINGS.index("step memory (MB)")
+def _score(row: Row | None, marked: Sequence[Row]) -> str:
+    if row is None:
+        return "–"
+    if row.diverged:
+        return f"{row.diverged}/{row.n} diverged"
+    spread = f" ± {row.std['metric']:.3f}" if row.n > 1 else ""
+    return f"{row.mean['metric']:.3f}{spread}{'*' if row in marked else ''}"
 
 
-def rich_table(rows: Sequence[Row]) -> rich.table.Table:
-    """The rows for a terminal: short headings, the best rate of every method in bold."""
-    about = ", ".join(_unique(f"{row.model} on {row.task}" for row in rows))
-    table = rich.table.Table(
-        title=f"{about}: validation scores, mean ± std over n seeds",
-        box=rich.box.SIMPLE,
-        padding=(0, 0, 0, 1),
-    )
-    table.add_column("method", no_wrap=True)
-    headings = ("rate", "n", "accuracy", "F1", "Matthews", "loss", "trained", "state MB", "ex./s")
-    for heading in (*headings, "s"):
-        table.add_column(heading, justify="right")
-    best = best_rows(rows)
-    several = len(best) < len(rows)
-    for row in rows:
-        cells = [cell.replace(" ± ", "±") for cell in _cells(row, digits=3)[1:]]
-        del cells[_STEP_MEMORY - 1]
-        bold = several and any(row is other for other in best)
-        table.add_row(*cells, style="bold" if bold else None)
-    return table
+def rich_table(table: Table) -> rich.table.Table:
+    """For a terminal of 80 columns; what is marked has a star."""
+    named = {"title": table.title, "caption": table.note}
+    shown = rich.table.Table(**named, box=SIMPLE, padding=(0, 0, 0, 1))
+    for number, heading in enumerate(table.headings):
+        words = heading.replace("lorapro-", "lorapro-\n").replace(" (", "\n(")
+        shown.add_column(words, justify="right" if number else "left", no_wrap=True)
+    for line in table.lines:
+        shown.add_row(*(cell.replace(" ± ", "±") for cell in line))
+    return shown
 
 
-def rich_sensitivity(made: sensitivity.Table) -> rich.table.Table:
-    """One of a sweep's tables for a terminal."""
-    table = rich.table.Table(
-        title=made.title, caption=made.note, box=rich.box.SIMPLE, padding=(0, 0, 0, 1)
-    )
-    for number, heading in enumerate(made.headings):
-        justify = "right" if number else "left"
-        table.add_column(heading.replace(" ", "\n"), justify=justify, no_wrap=True)
-    for cells in made.cells:
-        # What is long is broken here, lest rich cut the numbers.
-        short = [cell.replace(" ± 0.", "±.").replace(" (", "\n(") for cell in cells]
-        table.add_row(*(cell.replace(" − ", "\n− ") for cell in short))
-    return table
+def markdown(table: Table) -> str:
+    """For a page; what is marked is bold."""
+    rule = ["---", *["---:"] * (len(table.headings) - 1)]
+    cells = [[f"**{c[:-1]}**" if c.endswith("*") else c for c in line] for line in table.lines]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in [table.headings, rule, *cells])
+    return f"**{table.title}.** {table.note}\n\n{text}"
 
 
-def markdown_sensitivity(made: sensitivity.Table) -> str:
-    """One of a sweep's tables as Markdown."""
-    escaped = [[cell.replace("*", "\\*") for cell in cells] for cells in made.cells]
-    lines = ["| " + " | ".join(cells) + " |" for cells in (made.headings, *escaped)]
-    rule = "|---|" + "---:|" * (len(made.headings) - 1)
-    return f"**{made.title}.** {made.note}\n\n" + "\n".join([lines[0], rule, *lines[1:]])
-
-
-def markdown_table(rows: Sequence[Row]) -> str:
-    """The rows as Markdown, the best rate's headline metric of every method in bold."""
-    best = best_rows(rows)
-    lines = ["| " + " | ".join(_HEADINGS) + " |"]
-    lines.append("|" + "---|" * 2 + "---:|" * (len(_HEADINGS) - 2))
-    for row in sorted(rows, key=lambda row: (row.task, row.model)):
-        cells = _cells(row)
-        if any(row is other for other in best):
-            place = 4 + SCORES.index(row.metric)
-            cells[place] = f"**{cells[place]}**"
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def notes(rows: Sequence[Row], listed: bool = True) -> str:
-    """What the numbers are of: data, epochs, machines, versions; `listed`: there is a table."""
-    lines = []
-    for task, model in sorted({(row.task, row.model) for row in rows}):
-        mine = [r for row in rows if (row.task, row.model) == (task, model) for r in row.records]
-        lines.append(f"- {task}, {model}: {'; '.join(_unique(map(_data, mine)))}.")
-    records = [record for row in rows for record in row.records]
-    about_table = [
-        "- Bold: each method's learning rate with the highest headline metric (accuracy; "
-        "Matthews where the task's own is that). It is chosen on the validation split that is "
-        "reported, so it flatters every method alike.",
-        "- ± is the sample standard deviation over n seeds. Step memory is that of the largest "
-        "compiled step: parameters, optimizer state, batch and temporaries.",
-    ]
-    lines += about_table if listed else []
-    lines.append(f"- Measured on {'; '.join(_unique(map(_machine, records)))}.")
-    if others := _other_differences(records):
-        lines.append(f"- The rows also differ in {', '.join(others)}.")
-    return "\n".join(lines)
-
-
-def _data(record: dict[str, Any]) -> str:
-    used, available = record["train_examples"], record["train_examples_available"]
-    epochs = record["config"]["epochs"]
-    share = f"all {used:,}" if used == available else f"{used:,} ({used / available:.0%})"
-    return (
-        f"{share} training examples, {epochs} epoch{'s' if epochs > 1 else ''}, "
-        f"{record['steps']:,} steps of {record['config']['batch_size']}, validated on "
-        f"{record['eval_examples']:,}; headline {record['metric']}"
-    )
+def notes(rows: Sequence[Row]) -> str:
+    """What holds for all tables, and where the numbers were measured."""
+    machines = dict.fromkeys(_machine(record) for row in rows for record in row.records)
+    return f"""
+- Within one standard error: the gap of two means is at most √(e₁² + e₂²), e their standard errors.
+  The error of one seed is not known and counts as 0.
+- Rates are chosen on the validation split that is reported, which flatters every method alike.
+- Measured on {"; ".join(machines)}.
+""".strip()
 
 
 def _machine(record: dict[str, Any]) -> str:
     p = record["provenance"]
-    device = p["cpu"] if p["platform"] == "cpu" else p["device"]
-    cores = f", {p['cpu_count']} cores" if p["platform"] == "cpu" else ""
+    device = f"{p['cpu']}, {p['cpu_count']} cores" if p["platform"] == "cpu" else p["device"]
     commit = (p["commit"] or "no commit")[:8] + (" with changes" if p["dirty"] else "")
-    return f"{device}{cores}, jax {p['versions']['jax']}, commit {commit}"
-
-
-def _other_differences(records: list[dict[str, Any]]) -> list[str]:
-    """What else the rows were made with; a row from before there was an option says nothing."""
-    configs = [record["config"] for record in records]
-    names = _unique(name for config in configs for name in config if name not in _SHOWN)
-    values = {name: _unique(str(c[name]) for c in configs if name in c) for name in names}
-    return [f"{name} ({', '.join(found)})" for name, found in values.items() if len(found) > 1]
-
-
-def _unique(values: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(values))
+    return f"{device}, jax {p['versions']['jax']}, commit {commit}"
