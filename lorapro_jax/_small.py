@@ -29,14 +29,14 @@ def inverse_cholesky(P: Float[Array, "r r"], floor: Float[Array, ""]) -> Float[A
 
 
 def _eliminate(P: Float[Array, "r r"], floor: Float[Array, ""]) -> Float[Array, "r r"]:
-    """The same by Gauss-Jordan steps on [P I], written out."""
+    """The same by Gaussian elimination on [P I], written out: D L'ᵀ and L'⁻¹ of P = L' D L'ᵀ."""
     r = len(P)
-    rest, rows = jnp.concatenate([P, jnp.eye(r, dtype=P.dtype)], axis=1), []
-    for k in range(r):
-        root = lax.rsqrt(jnp.maximum(rest[k, k], floor))
-        rows.append(root * rest[k])
-        rest = rest - (root * rest[:, k, None]) * rows[-1][None]  # rows before k are never read
-    return jnp.stack(rows)[:, r:]
+    below = jnp.tril(jnp.ones_like(P), -1)
+    rest = jnp.concatenate([P, jnp.eye(r, dtype=P.dtype)], axis=1)
+    for k in range(r - 1):
+        factors = below[:, k] * rest[:, k] / jnp.maximum(rest[k, k], floor)
+        rest = rest - factors[:, None] * rest[k][None]
+    return rest[:, r:] * lax.rsqrt(jnp.maximum(jnp.diagonal(rest), floor))[:, None]
 
 
 def sylvester(

@@ -130,9 +130,9 @@ def rescaled(f: Frames, T: Tangent, left: Float[Array, "*m"], right: Float[Array
     """The tangent vector nearest to D_l T D_r, of the diagonals `left` and `right`."""
     left, right = left[..., None], right[None]
     A, B, Y = f.A * left, f.B * right, beyond_b(f, T) * right
-    H_a = left * (dot(T.H_a, gram_right(B, f.B)) + dot(f.A, gram_right(Y, f.B)))
-    H_b = dot(gram_left(A, T.H_a), B) + dot(gram_left(A, f.A), Y)
-    return of_projections(f, H_a, H_b)
+    AH, AA, BB, YB = gram_left(A, T.H_a), gram_left(A, f.A), gram_right(B, f.B), gram_right(Y, f.B)
+    H_a = left * (dot(T.H_a, BB) + dot(f.A, YB))
+    return Tangent(H_a, dot(AH, B) + dot(AA, Y), dot(AH, BB) + dot(AA, YB))
 
 
 def dense(f: Frames, T: Tangent, like: Array) -> Float[Array, "..."]:
