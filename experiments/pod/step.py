@@ -112,7 +112,7 @@ def make(
             return work.loss(nnx.merge(work.graph, trainable, frozen), batch)
 
         value, gradients = jax.value_and_grad(loss)(trainable)
-        return *_updated(tx, gradients, state, trainable), value
+        return *updated(tx, gradients, state, trainable), value
 
     trainable = lying(work.trainable, parameter)
     leaves, _ = jax.tree_util.tree_flatten_with_path(trainable)
@@ -133,12 +133,13 @@ def make_update(work: Workload, mode: str, mesh: Any) -> Step:
     trainable, state, _, _ = make(work, mode, mesh).args
 
     def update(trainable, state, gradients):
-        return _updated(tx, gradients, state, trainable)
+        return updated(tx, gradients, state, trainable)
 
     return _jitted(update, (trainable, state, trainable))
 
 
-def _updated(tx: optax.GradientTransformation, gradients, state, trainable) -> tuple:
+def updated(tx: optax.GradientTransformation, gradients, state, trainable) -> tuple:
+    """The new parameters and state."""
     updates, state = tx.update(gradients, state, trainable)
     return optax.apply_updates(trainable, updates), state
 
