@@ -20,7 +20,7 @@ from experiments.pod.step import updated
 
 MANUAL, SOURCE = "\n".join(topics.values()), inspect.getsource(inspect)
 CODES = {char: code for code, char in enumerate(sorted(set(MANUAL + SOURCE)))}
-LENGTH, CONFIG = 64, BertConfig(len(CODES), 96, 3, 4, 384)
+LENGTH, RATES, CONFIG = 64, (3e-3, 1e-2), BertConfig(len(CODES), 96, 3, 4, 384)
 CAUSAL_11TT = np.where(np.tri(LENGTH), 0, -1e9).astype(np.float32)[None, None]
 
 
@@ -61,7 +61,7 @@ def measure(framework: str, steps: int) -> list[dict]:
         return stack.adapted(factors, base[1], base[0][x_BT], CAUSAL_11TT) @ base[0].T
 
     base, *_ = train(whole, (table_VD, stack.weights), optax.adamw(1e-3), MANUAL, steps)
-    for rate in (3e-3, 1e-2):
+    for rate in RATES:
         for name, tx in ("lora", optax.adamw(rate)), ("lora-pro", lp.lorapro_adamw(rate, t5.SCALE)):
             tuned = train(adapted, stack.factors, tx, SOURCE, steps, retracted=name == "lora-pro")
             row = {"framework": framework, "rule": name, "rate": rate}

@@ -25,12 +25,12 @@ def layer(attentions: tuple[str, ...]) -> Shapes:
 ENCODER, DECODER = layer(("self",)), layer(("self", "cross"))
 
 
-def base(layers: int = LAYERS) -> Shapes:
-    """The 192 linear maps of T5-base, or as many layers of it."""
+def base() -> Shapes:
+    """The 192 linear maps of T5-base."""
     return {
         f"{stack}/layers/{i}/{place}": shape
         for stack, maps in (("encoder", ENCODER), ("decoder", DECODER))
-        for i in range(layers)
+        for i in range(LAYERS)
         for place, shape in maps.items()
     }
 

@@ -19,13 +19,7 @@ from benchmarks import stacks, t5, timing
 from experiments.models.bert import BertConfig
 from experiments.pod.step import updated
 
-MINILM = BertConfig(
-    vocab_size=30_522,
-    hidden_size=384,
-    num_hidden_layers=6,
-    num_attention_heads=12,
-    intermediate_size=1536,
-)
+MINILM = BertConfig(30_522, 384, 6, 12, 1536)  # vocabulary, width, layers, heads, the MLP's width
 ADAPTED = ("adamw", "factored", "full")  # rules that train the factors
 
 
@@ -81,15 +75,12 @@ def bounds(times: timing.Times) -> list[dict]:
 
 def main(
     rounds: int = 20,
-    batch: int = 32,
-    length: int = 64,
-    rank: int = 8,
     out: pathlib.Path = timing.RESULTS / "train_step.jsonl",
 ) -> None:
     """Measures, shows, and appends JSON lines."""
-    times = measure(MINILM, batch, length, rank, rounds)
-    settings = {"rounds": rounds, "batch": batch, "length": length, "rank": rank}
-    timing.report("train_step", timing.medians(times), bounds(times), settings, out)
+    sizes = {"batch": 32, "length": 64, "rank": 8, "rounds": rounds}
+    times = measure(MINILM, **sizes)
+    timing.report("train_step", timing.medians(times), bounds(times), sizes, out)
 
 
 if __name__ == "__main__":

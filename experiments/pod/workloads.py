@@ -33,7 +33,6 @@ class Workload(NamedTuple):
     batch: Tree
     loss: Callable[[nnx.Module, Tree], jax.Array]
     layout: lp.Layout  # of the factors
-    sharded: bool = True  # whether parameters are; else every chip holds them all
 
 
 def _workload(make: Callable[[], nnx.Module], batch: Tree, loss: Callable, stacked: str):
