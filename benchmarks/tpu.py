@@ -41,7 +41,7 @@ def compiled(step: Step) -> Cost:
 
 def row(variant: str, found: Cost) -> dict:
     """The figures of one program."""
-    kept = "cycles", "kernels", "custom_calls", "without_estimate", "unknown_loops"
+    kept = "cycles", "kernels", "custom_calls", "unknown_loops"
     return {"variant": variant} | {name: getattr(found, name) for name in kept}
 
 

@@ -135,7 +135,6 @@ def measure(step: Step, mesh: Mesh) -> dict[str, Any]:
         "sent_bytes": sum(found.sent.values()),
         "sent": found.sent,
         "custom_calls": found.custom_calls,
-        "without_estimate": found.without_estimate,
         "loops_counted_once": found.unknown_loops,
         "compile_s": time.perf_counter() - start,
     }

@@ -1,9 +1,9 @@
 """What one chip does in a compiled TPU program: the compiler's estimated cycles, and bytes sent.
 
 The text has `"estimated_cycles"` of nearly every kernel, and a loop's body once. Here a body counts
-as often as it runs, and of a conditional the dearest branch. What is left out is told: the inside
-of custom calls, loops whose trips cannot be read (they count once), and kernels without an
-estimate, which are small copies. Waiting for other chips is not estimated. On a ring of n chips an
+as often as it runs, and of a conditional the dearest branch. Custom calls, whose inside is not
+counted, and loops whose trips cannot be read, which count once, are named. Small copies have no
+estimate and count nothing. Waiting for other chips is not estimated. On a ring of n chips an
 all-gather or a reduce-scatter sends (n - 1) / n of the whole array, an all-reduce twice that.
 """
 
@@ -19,13 +19,7 @@ _CALLED = re.compile(
     r"|branch_computations=\{([^}]*)\}"
 )
 _RENAMING = "copy", "bitcast", "convert", "reshape"
-# They run nothing: they name, group or rename what lies in memory, or wait for it.
-_FREE = frozenset({
-    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "while", "call",
-    "conditional", "opt-barrier", "optimization-barrier", "partition-id", "custom-call",
-    "async-update", "async-start",
-})  # fmt: skip
-_MARKERS = re.compile(r"AllocateBuffer|ConcatBitcast|AsyncCollective\w*")  # custom calls, also free
+_MARKERS = re.compile(r"AllocateBuffer|ConcatBitcast|AsyncCollective\w*")  # free custom calls
 _SENT = {  # by each of n chips, in operands
     "all-gather": lambda n: n - 1,
     "all-reduce": lambda n: 2 * (n - 1) / n,
@@ -42,7 +36,6 @@ class Cost(NamedTuple):
     kernels: int  # that have an estimate, each as often as it runs
     sent: dict[str, int]  # {"all-gather": bytes}
     custom_calls: tuple[str, ...]  # targets, whose inside nothing counts
-    without_estimate: dict[str, int]  # {opcode: how many of them, each as often as it runs}
     unknown_loops: tuple[str, ...]  # counted once
 
 
@@ -96,7 +89,6 @@ def cost(text: str) -> Cost:
         total["kernels", ""],
         part("sent"),
         tuple(sorted(t for t in targets if not _MARKERS.fullmatch(t))),
-        part("without"),
         tuple(part("unknown")),
     )
 
@@ -133,12 +125,8 @@ class _Sum:
         """Of one instruction, without what it calls."""
         found, kind = Counter(), i.opcode.removesuffix("-start")
         cycles = i.match(r'"estimated_cycles":"?(\d+)')
-        scalar = not re.search(r"\[\d", i.shape)  # of the scalar core
-        free = scalar or i.opcode in _FREE or i.opcode.endswith("-done")
         if cycles and not fused:
             found["cycles", ""], found["kernels", ""] = times * int(cycles), times
-        elif not fused and not free:
-            found["without", i.opcode] = times
         if kind in _SENT and (i.match(r"channel_id=(\d+)") not in self.begun or _begins(inside)):
             held = sum(_bytes(inside[name].shape) for name in i.names())
             found["sent", kind] = times * round(held * _SENT[kind](self.chips(i)))

@@ -81,14 +81,9 @@ def _placed(tree: Tree, shardings: Tree) -> Tree:
     return jax.tree.map(one, tree, shardings)
 
 
-def make(
-    work: Workload, mode: str, mesh: Any, tx: optax.GradientTransformation | None = None
-) -> Step:
-    """The whole step of `mode`: loss, gradients of what trains, update, new parameters.
-
-    `tx` replaces `optimizer(mode, work)`, for another learning rate.
-    """
-    tx = optimizer(mode, work) if tx is None else tx
+def make(work: Workload, mode: str, mesh: Any, rate: float = 1e-4) -> Step:
+    """The whole step of `mode`: loss, gradients of what trains, update, new parameters."""
+    tx = optimizer(mode, work, rate)
 
     def lying(tree: Tree) -> Tree:
         def one(path, leaf):
