@@ -52,14 +52,11 @@ def measure(kind: Kind, variant: str, layers: int, rank: int) -> dict:
 
 def bounds(rows: list[dict]) -> list[dict]:
     """The figures that have a bound."""
+    factored = [row for row in rows if row["variant"] == "factored"]
+    names = [f"factored, {row['pairs']} {row['kind']} pairs, seconds" for row in factored]
     return [
-        timing.bounded(
-            f"factored, {row['pairs']} {row['kind']} pairs, seconds",
-            row["total_s"],
-            most=LIMITS[row["kind"]],
-        )
-        for row in rows
-        if row["variant"] == "factored"
+        timing.bounded(name, row["total_s"], most=LIMITS[row["kind"]])
+        for name, row in zip(names, factored, strict=True)
     ]
 
 

@@ -62,11 +62,9 @@ def text_to_text(
         how = Scan(rank, SCALE * rank, remat, _ROWS)
         return scanned(config, how, dtype=jnp.bfloat16, param_dtype=dtype, rngs=nnx.Rngs(0))
 
-    def rows(length: int, dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((batch, length), dtype)
-
-    data = {"tokens": rows(length, jnp.int32), "mask": rows(length, jnp.bool_)}
-    data |= {"targets": rows(ANSWER, jnp.int32), "targets_mask": rows(ANSWER, jnp.bool_)}
+    fields = {"tokens": (length, jnp.int32), "mask": (length, jnp.bool_)}
+    fields |= {"targets": (ANSWER, jnp.int32), "targets_mask": (ANSWER, jnp.bool_)}
+    data = {name: jax.ShapeDtypeStruct((batch, n), kind) for name, (n, kind) in fields.items()}
     return _workload(make, data, answer_loss, r"(en|de)coder/layers/.*")
 
 
