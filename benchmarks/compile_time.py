@@ -4,15 +4,14 @@
 
 Separate pairs are 100 decoder layers of T5-base's widths, layers/<i>/...; stacked ones are three
 such layers, each with a leading axis of 32, as a scan over layers has. What is compiled is
-`tx.update` alone, without donation. Every figure is of a fresh process without a compilation cache;
-no array is allocated.
+`tx.update` alone, without donation, each in a fresh process. No array is allocated.
 """
 
-import json
+import concurrent.futures
+import itertools
+import multiprocessing
 import os
 import pathlib
-import subprocess
-import sys
 import time
 from typing import Literal
 
@@ -22,7 +21,6 @@ import tyro
 import lorapro_jax as lp
 from benchmarks import t5, timing
 
-Variant = Literal["adamw", "chain", "factored", "full"]
 Kind = Literal["separate", "stacked"]
 LAYERS = {"separate": 100, "stacked": 3}
 DEPTH = 32  # of a stack
@@ -38,7 +36,7 @@ def workload(kind: Kind, layers: int, rank: int) -> tuple[dict, lp.Layout | None
     return t5.abstract(shapes, rank, (DEPTH,)), lp.layouts.FLAX.declare({r".*": dimensions})
 
 
-def measure(kind: Kind, variant: Variant, layers: int, rank: int) -> dict:
+def measure(kind: Kind, variant: str, layers: int, rank: int) -> dict:
     """One row, measured in this process."""
     params, layout = workload(kind, layers, rank)
     tx = t5.transformations(layout)[variant]
@@ -52,50 +50,24 @@ def measure(kind: Kind, variant: Variant, layers: int, rank: int) -> dict:
     return row | {"trace_s": middle - start, "compile_s": end - middle, "total_s": end - start}
 
 
-def in_fresh_process(kind: Kind, variant: Variant, layers: int, rank: int) -> dict:
-    """The same row from a process that has compiled nothing."""
-    flags = ["--only", kind, variant, "--layers", str(layers), "--rank", str(rank)]
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.compile_time", *flags],
-        env=os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "0"},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def bounds(rows: list[dict]) -> list[dict]:
     """The figures that have a bound."""
+    factored = [row for row in rows if row["variant"] == "factored"]
+    names = [f"factored, {row['pairs']} {row['kind']} pairs, seconds" for row in factored]
     return [
-        timing.bounded(
-            f"factored, {row['pairs']} {row['kind']} pairs, seconds",
-            row["total_s"],
-            most=LIMITS[row["kind"]],
-        )
-        for row in rows
-        if row["variant"] == "factored"
+        timing.bounded(name, row["total_s"], most=LIMITS[row["kind"]])
+        for name, row in zip(names, factored, strict=True)
     ]
 
 
-def main(
-    kinds: tuple[Kind, ...] = ("separate", "stacked"),
-    variants: tuple[Variant, ...] = ("adamw", "factored", "full"),
-    layers: int | None = None,
-    rank: int = 8,
-    only: tuple[Kind, Variant] | None = None,
-    out: pathlib.Path = timing.RESULTS / "compile_time.jsonl",
-) -> None:
-    """Measures, shows, and appends JSON lines; with `only`, prints one row of this process."""
-    if only:
-        print(json.dumps(measure(*only, layers or LAYERS[only[0]], rank)))
-        return
-    rows = [
-        in_fresh_process(kind, variant, layers or LAYERS[kind], rank)
-        for kind in kinds
-        for variant in variants
-    ]
-    timing.report("compile_time", rows, bounds(rows), {"rank": rank, "layers": layers}, out)
+def main(rank: int = 8, out: pathlib.Path = timing.RESULTS / "compile_time.jsonl") -> None:
+    """Measures, shows, and appends JSON lines."""
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # of the fresh processes
+    rows, context = [], multiprocessing.get_context("spawn")
+    for kind, variant in itertools.product(LAYERS, ("adamw", "factored", "full")):
+        with concurrent.futures.ProcessPoolExecutor(1, context) as fresh:
+            rows.append(fresh.submit(measure, kind, variant, LAYERS[kind], rank).result())
+    timing.report("compile_time", rows, bounds(rows), {"rank": rank}, out)
 
 
 if __name__ == "__main__":

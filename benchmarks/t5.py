@@ -8,6 +8,7 @@ import numpy as np
 import optax
 
 import lorapro_jax as lp
+from experiments.pod.step import updated
 
 LAYERS, WIDTH, MLP_WIDTH = 12, 768, 3072  # T5-base's
 SCALE, RATE = 2.0, 1e-4  # no cost depends on them
@@ -24,12 +25,12 @@ def layer(attentions: tuple[str, ...]) -> Shapes:
 ENCODER, DECODER = layer(("self",)), layer(("self", "cross"))
 
 
-def base(layers: int = LAYERS) -> Shapes:
-    """The 192 linear maps of T5-base, or as many layers of it."""
+def base() -> Shapes:
+    """The 192 linear maps of T5-base."""
     return {
         f"{stack}/layers/{i}/{place}": shape
         for stack, maps in (("encoder", ENCODER), ("decoder", DECODER))
-        for i in range(layers)
+        for i in range(LAYERS)
         for place, shape in maps.items()
     }
 
@@ -67,9 +68,6 @@ def transformations(layout: lp.Layout | None = None) -> dict[str, Any]:
 
 def step(tx: optax.GradientTransformation) -> Any:
     """The jitted step (params, state, grads) -> (params, state), of donated buffers."""
-
-    def update(params, state, grads):
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    return jax.jit(update, donate_argnums=(0, 1))
+    return jax.jit(
+        lambda params, state, grads: updated(tx, grads, state, params), donate_argnums=(0, 1)
+    )

@@ -70,9 +70,8 @@ def bounded(name: str, value: float, *, most: float | None, least: float = 0.0) 
 
 
 def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """The rows as a table on the terminal; lists are left to the JSON lines."""
-    columns = [name for name, value in rows[0].items() if not isinstance(value, list)]
-    table = Table(*columns, title=title)
+    """The rows as a table on the terminal."""
+    columns, table = list(rows[0]), Table(*rows[0], title=title)
     for row in rows:
         table.add_row(*(_cell(row[name]) for name in columns))
     console = Console()

@@ -8,7 +8,6 @@ donated buffers. "dense adam" is optax.adamw on the (m, n) weights themselves: f
 `pip install torch==2.13.0`, then `pip install --no-deps lora-pro-adamw==0.2.1`.
 """
 
-import importlib.util
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from rich.console import Console
 
 from benchmarks import t5, timing
 
@@ -46,13 +44,8 @@ def ours(shapes: t5.Shapes, rank: int) -> dict[str, Callable[[], None]]:
     return calls | {"dense adam": stepper(adam, dense, jax.tree.map(jnp.copy, dense))}
 
 
-def missing() -> list[str]:
-    """The packages that `peers` needs and does not find."""
-    return [name for name in ("torch", "lora_pro") if importlib.util.find_spec(name) is None]
-
-
 def peers(shapes: t5.Shapes, rank: int) -> dict[str, Callable[[], None]]:
-    """The PyTorch package's steps in both modes."""
+    """The PyTorch package's steps in both modes; an ImportError where it is not installed."""
     import torch
     from lora_pro import LoRAProAdamW
 
@@ -85,35 +78,24 @@ def peers(shapes: t5.Shapes, rank: int) -> dict[str, Callable[[], None]]:
 
 def bounds(times: timing.Times) -> list[dict]:
     """The ratios that have a bound."""
-    rows = [
-        timing.ratio(times, "factored", "adamw", most=8.0),
-        timing.ratio(times, "full", "dense adam", most=2.0),
-    ]
+    wanted = [("factored", "adamw", 8.0, 0.0), ("full", "dense adam", 2.0, 0.0)]
     if "peer full" in times:
-        rows += [
-            timing.ratio(times, "peer efficient", "chain", most=None, least=25.0),
-            timing.ratio(times, "peer full", "full", most=None, least=10.0),
-        ]
-    return rows
+        wanted += [("peer efficient", "chain", None, 25.0), ("peer full", "full", None, 10.0)]
+    return [timing.ratio(times, *pair, most=most, least=least) for *pair, most, least in wanted]
 
 
 def main(
     rounds: int = 40,
     slow_rounds: int = 10,
-    layers: int = t5.LAYERS,
     rank: int = 8,
     peer: bool = False,
     out: pathlib.Path = timing.RESULTS / "update.jsonl",
 ) -> None:
     """Measures, shows, and appends JSON lines."""
-    shapes = t5.base(layers)
-    calls = ours(shapes, rank)
-    if peer and (absent := missing()):
-        Console().print(f"no rows of the PyTorch package: {', '.join(absent)} not installed")
-    elif peer:
-        calls |= peers(shapes, rank)
+    shapes = t5.base()
+    calls = ours(shapes, rank) | (peers(shapes, rank) if peer else {})
     times = timing.by_turns(calls, rounds, dict.fromkeys(SLOW, slow_rounds))
-    settings = {"rounds": rounds, "slow_rounds": slow_rounds, "layers": layers, "rank": rank}
+    settings = {"rounds": rounds, "slow_rounds": slow_rounds, "rank": rank}
     timing.report("update", timing.medians(times), bounds(times), settings, out)
 
 

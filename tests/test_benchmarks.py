@@ -1,12 +1,11 @@
 """The benchmarks at tiny sizes."""
 
-import importlib.util
 import json
 
 import jax
 import pytest
 
-from benchmarks import compile_time, t5, timing, tpu, train_step, update
+from benchmarks import bound, compile_time, t5, timing, tpu, train_step, update
 from experiments.models.bert import BertConfig
 
 TINY = {"encoder/layers/0/wi": (8, 12), "encoder/layers/1/wi": (8, 12)}
@@ -54,11 +53,6 @@ def test_update_measures_every_ratio_that_has_a_bound(tmp_path):
     assert len(update.bounds(times | peers)) == 4
 
 
-def test_an_absent_peer_is_named(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert update.missing() == ["torch", "lora_pro"]
-
-
 def test_train_step_measures_both_frameworks(monkeypatch):
     monkeypatch.setattr(train_step, "ADAPTED", ("adamw", "factored"))
     rows = train_step.bounds(train_step.measure(TINY_BERT, 2, 3, 2, 1))
@@ -72,6 +66,15 @@ def test_compile_time_tells_tracing_from_compilation(kind):
     assert found["pairs"] == 10
     assert found["total_s"] == pytest.approx(found["trace_s"] + found["compile_s"])
     assert len(compile_time.bounds([found])) == 1
+
+
+def test_bound_counts_the_steps_after_the_first_twentieth(monkeypatch):
+    monkeypatch.setattr(bound, "CONFIG", BertConfig(len(bound.CODES), 96, 1, 4, 8))
+    monkeypatch.setattr(bound, "RATES", (1e-2,))
+    lora, pro = bound.measure("linen", 20)
+    assert lora["bounded"] is None
+    assert 0 <= pro["bounded"] <= 1
+    assert pro["loss"] < 6
 
 
 def test_tpu_cycles_of_a_tiny_update():

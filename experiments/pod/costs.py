@@ -1,122 +1,25 @@
 """What one chip does in a compiled TPU program: the compiler's estimated cycles, and bytes sent.
 
-The text carries `"estimated_cycles"` for nearly every kernel that runs, and of a loop's body once.
-Here a body counts as often as it runs, and of a conditional the dearest branch. What is left out is
-told: the inside of custom calls, loops whose trips cannot be read (they count once), and kernels
-without an estimate, which are small copies and copies between memories beside the others. Nobody
-estimates how long a chip waits for others; instead there are the bytes that it sends. On a ring of
-n chips an all-gather or a reduce-scatter sends (n - 1) / n of the whole array from each, an
-all-reduce twice that.
+The text has `"estimated_cycles"` of nearly every kernel, and a loop's body once. Here a body counts
+as often as it runs, and of a conditional the dearest branch. Custom calls, whose inside is not
+counted, and loops whose trips cannot be read, which count once, are named. Small copies have no
+estimate and count nothing. Waiting for other chips is not estimated. On a ring of n chips an
+all-gather or a reduce-scatter sends (n - 1) / n of the whole array, an all-reduce twice that.
 """
 
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
 from typing import NamedTuple
 
-from experiments.pod import hlo
-
-# They run nothing: they name, group or rename what lies in memory, or wait for it.
-_FREE = frozenset({
-    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "while", "call",
-    "conditional", "opt-barrier", "optimization-barrier", "partition-id", "custom-call",
-    "async-update", "async-start",
-})  # fmt: skip
-_MARKERS = re.compile(r"AllocateBuffer|ConcatBitcast|AsyncCollective\w*")  # custom calls, also free
-_CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
-
-
-class Cost(NamedTuple):
-    """What one run of a module costs a chip."""
-
-    cycles: int
-    kernels: int  # that have an estimate, each as often as it runs
-    by_operation: Counter  # {"slice of vmap()/slice": cycles}
-    sent: Counter  # {"all-gather": bytes}
-    custom_calls: tuple[str, ...]  # targets, whose inside nothing counts
-    without_estimate: Counter  # {opcode: how many of them, each as often as it runs}
-    unknown_loops: tuple[str, ...]  # counted once
-
-
-class _Run(NamedTuple):
-    """An instruction where the walk meets it."""
-
-    times: int
-    fused: bool  # a part of a kernel, whose estimate has it
-    instruction: hlo.Instruction
-    inside: hlo.Computation
-
-    @property
-    def cycles(self) -> int | None:
-        """Of all times together; None without an estimate."""
-        found = None if self.fused else _CYCLES.search(self.instruction.text)
-        return self.times * int(found[1]) if found else None
-
-
-def cost(text: str) -> Cost:
-    """The cost of `compiled.as_text()`, of a program for a TPU."""
-    module = hlo.parse(text)
-    unknown: list[str] = []
-    kernels, by_operation, sent, without = 0, Counter(), Counter(), Counter()
-    started = _started(module)
-    for run in _walk(module, module.entry, 1, False, unknown):
-        i, cycles = run.instruction, run.cycles
-        if cycles is not None:
-            kernels += run.times
-            by_operation[_operation(i)] += cycles
-        elif not run.fused and not _free(i):
-            without[i.opcode] += run.times
-        kind = i.opcode.removesuffix("-start")
-        if kind in _SENT and (_channel(i) not in started or _starts(run.inside)):
-            own = sum(hlo.shape_bytes(run.inside[name].shape) for name in i.operands)
-            sent[kind] += run.times * round(own * _SENT[kind](_chips(module, i)))
-    targets = set(re.findall(r'custom_call_target="([^"]+)"', text))
-    return Cost(
-        cycles=sum(by_operation.values()),
-        kernels=kernels,
-        by_operation=by_operation,
-        sent=sent,
-        custom_calls=tuple(sorted(t for t in targets if not _MARKERS.fullmatch(t))),
-        without_estimate=without,
-        unknown_loops=tuple(unknown),
-    )
-
-
-def _walk(
-    module: hlo.Module, name: str, times: int, fused: bool, unknown: list[str]
-) -> Iterator[_Run]:
-    inside = module.computations[name]
-    for i in inside.values():
-        yield _Run(times, fused, i, inside)
-        if i.opcode == "while":
-            trips = hlo.trips(module, i, inside)
-            if trips is None:
-                unknown.append(i.name)
-            for part in ("body", "condition"):
-                runs = times * (1 if trips is None else trips)
-                yield from _walk(module, i.attribute(part), runs, fused, unknown)
-        elif i.opcode == "conditional":
-            branches = [list(_walk(module, b, times, fused, unknown)) for b in i.called()]
-            yield from max(branches, key=lambda runs: sum(run.cycles or 0 for run in runs))
-        elif i.opcode in ("fusion", "call", "async-start"):
-            for called in i.called():
-                yield from _walk(module, called, times, fused or i.opcode == "fusion", unknown)
-
-
-def _free(i: hlo.Instruction) -> bool:
-    scalar = not any(dims for _, dims in hlo.arrays(i.shape))  # of the scalar core
-    return scalar or i.opcode in _FREE or i.opcode.endswith("-done")
-
-
-def _operation(i: hlo.Instruction) -> str:
-    """What an instruction is, and the operation of the program that it came from."""
-    origin = re.search(r'op_name="([^"]*)"', i.text)
-    return f"{i.opcode} of {origin[1].split('/', 1)[-1]}" if origin else i.opcode
-
-
-# Collectives
-
+_LINE = re.compile(r"\s*(ROOT )?(%\S+) = (.*?) ([\w-]+)\(([^)]*)\)?(.*)")
+_HEAD = re.compile(r"(ENTRY )?(%\S+) \(.*\{$")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|body|condition|(?:true|false)_computation)=(%[^,}\s]+)"
+    r"|branch_computations=\{([^}]*)\}"
+)
+_RENAMING = "copy", "bitcast", "convert", "reshape"
+_MARKERS = re.compile(r"AllocateBuffer|ConcatBitcast|AsyncCollective\w*")  # free custom calls
 _SENT = {  # by each of n chips, in operands
     "all-gather": lambda n: n - 1,
     "all-reduce": lambda n: 2 * (n - 1) / n,
@@ -126,32 +29,163 @@ _SENT = {  # by each of n chips, in operands
 }
 
 
-def _channel(i: hlo.Instruction) -> str | None:
-    found = re.search(r"channel_id=(\d+)", i.text)
-    return found[1] if found else None
+class Cost(NamedTuple):
+    """What one run of a program costs a chip."""
+
+    cycles: int
+    kernels: int  # that have an estimate, each as often as it runs
+    sent: dict[str, int]  # {"all-gather": bytes}
+    custom_calls: tuple[str, ...]  # targets, whose inside nothing counts
+    unknown_loops: tuple[str, ...]  # counted once
 
 
-def _starts(computation: hlo.Computation) -> bool:
+class _Instruction(NamedTuple):
+    root: bool
+    name: str
+    shape: str
+    opcode: str
+    operands: str
+    text: str  # what stands behind the operands
+
+    def called(self) -> list[str]:
+        """The computations of a loop, a fusion, a call or a conditional."""
+        found = _CALLED.findall(self.text)
+        return [name for one, several in found for name in (one or several).split(", ")]
+
+    def names(self) -> list[str]:
+        """The operands' names."""
+        return re.findall(r"%[^\s,]+", self.operands)
+
+    def match(self, pattern: str) -> str | None:
+        """The pattern's first group."""
+        found = re.search(pattern, self.text)
+        return found and found[1]
+
+
+_Computation = dict[str, _Instruction]
+
+
+def cost(text: str) -> Cost:
+    """The cost of `compiled.as_text()`; a ValueError if the text is none of a compiled program."""
+    program: dict[str, _Computation] = {}
+    entry, inside = None, {}
+    for line in text.splitlines():
+        if head := _HEAD.match(line):
+            inside = program.setdefault(head[2], {})
+            entry = head[2] if head[1] else entry
+        elif found := _LINE.match(line):
+            inside[found[2]] = _Instruction(bool(found[1]), *found.groups()[1:])
+    if entry is None:
+        raise ValueError("no ENTRY computation: this is not the text of a compiled HLO module")
+    devices = re.search(r"num_partitions=(\d+)", text)
+    total = _Sum(program, int(devices[1]) if devices else 1).of(entry, 1, False)
+
+    def part(kind: str) -> dict[str, int]:
+        return {name: count for (what, name), count in total.items() if what == kind}
+
+    targets = set(re.findall(r'custom_call_target="([^"]+)"', text))
+    return Cost(
+        total["cycles", ""],
+        total["kernels", ""],
+        part("sent"),
+        tuple(sorted(t for t in targets if not _MARKERS.fullmatch(t))),
+        tuple(part("unknown")),
+    )
+
+
+class _Sum:
+    """Sums over the instructions that run: {(what, of which): how much}."""
+
+    def __init__(self, program: dict[str, _Computation], devices: int):
+        self.program, self.devices = program, devices
+        # Collectives that are spread over several kernels, by their channels: the first counts.
+        begin = [c for c in program.values() if _begins(c)]
+        self.begun = {i.match(r"channel_id=(\d+)") for c in begin for i in c.values()} - {None}
+
+    def of(self, name: str, times: int, fused: bool) -> Counter:
+        """Of a computation that runs `times` times, as part of a kernel if it is fused."""
+        total, inside = Counter(), self.program[name]
+        for i in inside.values():
+            total.update(self.own(i, inside, times, fused))
+            if i.opcode == "while":
+                trips = self.trips(i, inside)
+                if trips is None:
+                    total["unknown", i.name] += 1
+                for part in i.called():
+                    total.update(self.of(part, times * (1 if trips is None else trips), fused))
+            elif i.opcode == "conditional":
+                branches = [self.of(branch, times, fused) for branch in i.called()]
+                total.update(max(branches, key=lambda found: found["cycles", ""]))
+            elif i.opcode in ("fusion", "call", "async-start"):
+                for part in i.called():
+                    total.update(self.of(part, times, fused or i.opcode == "fusion"))
+        return total
+
+    def own(self, i: _Instruction, inside: _Computation, times: int, fused: bool) -> Counter:
+        """Of one instruction, without what it calls."""
+        found, kind = Counter(), i.opcode.removesuffix("-start")
+        cycles = i.match(r'"estimated_cycles":"?(\d+)')
+        if cycles and not fused:
+            found["cycles", ""], found["kernels", ""] = times * int(cycles), times
+        if kind in _SENT and (i.match(r"channel_id=(\d+)") not in self.begun or _begins(inside)):
+            held = sum(_bytes(inside[name].shape) for name in i.names())
+            found["sent", kind] = times * round(held * _SENT[kind](self.chips(i)))
+        return found
+
+    def trips(self, loop: _Instruction, around: _Computation) -> int | None:
+        """How often a loop runs that counts from a constant to a constant; else None.
+
+        A TPU's text has no `known_trip_count`, and its loops may be unrolled: steps of 2.
+        """
+        if told := loop.match(r'"known_trip_count":\{"n":"(\d+)"\}'):
+            return int(told)
+        condition = self.program[loop.match(r"condition=(%[^,\s]+)")]
+        body = self.program[loop.match(r"body=(%[^,\s]+)")]
+        test, after = (next(i for i in c.values() if i.root) for c in (condition, body))
+        before = _behind(around, loop.names()[0])
+        if "direction=LT" not in test.text or {before.opcode, after.opcode} != {"tuple"}:
+            return None
+        counter, limit = (_behind(condition, name) for name in test.names())
+        if counter.opcode != "get-tuple-element":
+            return None
+        place = int(counter.match(r"index=(\d+)"))
+        start, added = _behind(around, before.names()[place]), _behind(body, after.names()[place])
+        steps = [_constant(_behind(body, name)) for name in added.names()]
+        step = next(filter(None, steps), None) if added.opcode == "add" else None
+        if None in (numbers := (_constant(start), _constant(limit), step)):
+            return None
+        return max(0, math.ceil((numbers[1] - numbers[0]) / step))
+
+    def chips(self, i: _Instruction) -> int:
+        """How many chips take part in one group of a collective."""
+        if named := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", i.text):
+            sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+            return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
+        if listed := i.match(r"replica_groups=\{\{([\d,]+)\}"):
+            return listed.count(",") + 1
+        return int(i.match(r"replica_groups=\[\d+,(\d+)\]") or self.devices)
+
+
+def _begins(computation: _Computation) -> bool:
     return any('"AsyncCollectiveStart"' in i.text for i in computation.values())
 
 
-def _started(module: hlo.Module) -> set[str]:
-    """The channels of the collectives that are spread over several kernels: the first counts."""
-    return {
-        channel
-        for computation in filter(_starts, module.computations.values())
-        for i in computation.values()
-        if (channel := _channel(i))
-    }
+def _behind(computation: _Computation, name: str) -> _Instruction:
+    """The instruction behind copies and renamings."""
+    while (i := computation[name]).opcode in _RENAMING:
+        name = i.names()[0]
+    return i
 
 
-def _chips(module: hlo.Module, i: hlo.Instruction) -> int:
-    """How many chips take part in one group of a collective."""
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", i.text):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
-    if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", i.text):
-        return int(iota[1])
-    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", i.text):
-        return listed[1].count(",") + 1
-    return module.devices
+def _constant(i: _Instruction) -> int | None:
+    known = i.opcode == "constant" and re.fullmatch(r"-?\d+", i.operands)
+    return int(i.operands) if known else None
+
+
+def _bytes(shape: str) -> int:
+    """Without padding; none for a token."""
+    total = 0
+    for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape):
+        bits = 8 if dtype == "pred" else int((re.findall(r"[a-z]+(\d+)", dtype) or [0])[0])
+        total += math.ceil(math.prod(int(x) for x in dims.split(",") if x) * bits / 8)
+    return total

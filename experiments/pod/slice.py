@@ -43,15 +43,12 @@ def sizes_of(mesh: str | None, chips: int) -> tuple[int, int]:
     """The sizes of "fsdp" and "tensor" that --mesh asks for."""
     if mesh is None:
         return chips, 1
-    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", mesh):
-        raise ValueError(f"--mesh {mesh!r} is not FSDPxTENSOR, such as {chips}x1")
-    fsdp, tensor = map(int, mesh.split("x"))
-    if fsdp * tensor != chips:
+    sizes = tuple(map(int, mesh.split("x"))) if re.fullmatch(r"\d+x\d+", mesh) else ()
+    if math.prod(sizes) != chips or not sizes:
         raise ValueError(
-            f"--mesh {mesh} is {fsdp * tensor} chips, the topology has {chips}; "
-            f"their product must be {chips}, such as {chips}x1"
+            f"--mesh {mesh!r} is not FSDPxTENSOR, whose product must be {chips}, such as {chips}x1"
         )
-    return fsdp, tensor
+    return sizes
 
 
 def memory(topology: str) -> int:

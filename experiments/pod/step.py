@@ -20,8 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import lorapro_jax as lp
 from experiments.pod.workloads import SCALE, Tree, Workload
 
-# LoRA-Pro in its modes, its projection before optax's AdamW, and AdamW on the factors.
-MODES = ("factored", "full", "lorapro-adamw", "lora")
+MODES = ("factored", "full", "lora")  # LoRA-Pro's, and AdamW on the factors
 # Kernels whose inputs are split over `tensor`: they follow one whose outputs are.
 _ROW_PARALLEL = re.compile(r"(.*/)?(o|out|down|wo)/(kernel|lora_[ab])")
 
@@ -35,11 +34,8 @@ class Step(NamedTuple):
 
 def optimizer(mode: str, work: Workload, rate: float = 1e-4) -> optax.GradientTransformation:
     """Clipping by global norm, then the rule of `mode`."""
-    if mode == "lora":
-        tx = optax.adamw(rate)
-    elif mode == "lorapro-adamw":
-        tx = optax.chain(lp.lorapro(SCALE, layout=work.layout), optax.adamw(rate))
-    else:
+    tx = optax.adamw(rate)
+    if mode != "lora":
         tx = lp.lorapro_adamw(rate, SCALE, mode=mode, layout=work.layout)
     return optax.chain(optax.clip_by_global_norm(1.0), tx)
 
@@ -85,44 +81,37 @@ def _placed(tree: Tree, shardings: Tree) -> Tree:
     return jax.tree.map(one, tree, shardings)
 
 
-def make(
-    work: Workload, mode: str, mesh: Any, tx: optax.GradientTransformation | None = None
-) -> Step:
-    """The whole step of `mode`: loss, gradients of what trains, update, new parameters.
+def make(work: Workload, mode: str, mesh: Any, rate: float = 1e-4) -> Step:
+    """The whole step of `mode`: loss, gradients of what trains, update, new parameters."""
+    tx = optimizer(mode, work, rate)
 
-    `tx` replaces `optimizer(mode, work)`, for another learning rate.
-    """
-    tx = optimizer(mode, work) if tx is None else tx
+    def lying(tree: Tree) -> Tree:
+        def one(path, leaf):
+            return NamedSharding(mesh, spec_of(path_of(path), leaf.shape, mesh))
 
-    def lying(tree: Tree, spec: Callable[[str, tuple[int, ...]], PartitionSpec]) -> Tree:
-        shardings = jax.tree_util.tree_map_with_path(
-            lambda path, leaf: NamedSharding(mesh, spec(path_of(path), leaf.shape)), tree
-        )
-        return _placed(tree, shardings)
-
-    def parameter(path, shape):
-        return spec_of(path, shape, mesh) if work.sharded else PartitionSpec()
+        return _placed(tree, jax.tree_util.tree_map_with_path(one, tree))
 
     def kernel(pair):
         rows, columns = shapes[f"{pair}/lora_a"][:-1], shapes[f"{pair}/lora_b"][-1]
-        return parameter(f"{pair}/kernel", (*rows, columns))
+        return spec_of(f"{pair}/kernel", (*rows, columns), mesh)
 
     def step(trainable, state, frozen, batch):
         def loss(trainable):
             return work.loss(nnx.merge(work.graph, trainable, frozen), batch)
 
         value, gradients = jax.value_and_grad(loss)(trainable)
-        return *_updated(tx, gradients, state, trainable), value
+        return *updated(tx, gradients, state, trainable), value
 
-    trainable = lying(work.trainable, parameter)
+    trainable = lying(work.trainable)
+    rows = NamedSharding(mesh, PartitionSpec("fsdp"))
     leaves, _ = jax.tree_util.tree_flatten_with_path(trainable)
     shapes = {path_of(path): leaf.shape for path, leaf in leaves}
     states = lp.state_shardings(tx, trainable, kernels=kernel, layout=work.layout)
     args = (
         trainable,
         _placed(jax.eval_shape(tx.init, work.trainable), states),
-        lying(work.frozen, parameter),
-        lying(work.batch, lambda _, shape: PartitionSpec("fsdp")),
+        lying(work.frozen),
+        _placed(work.batch, jax.tree.map(lambda _: rows, work.batch)),
     )
     return _jitted(step, args, NamedSharding(mesh, PartitionSpec()))
 
@@ -130,15 +119,12 @@ def make(
 def make_update(work: Workload, mode: str, mesh: Any) -> Step:
     """The update alone, given the gradients: clipping, the rule of `mode`, new parameters."""
     tx = optimizer(mode, work)
-    trainable, state, _, _ = make(work, mode, mesh).args
-
-    def update(trainable, state, gradients):
-        return _updated(tx, gradients, state, trainable)
-
-    return _jitted(update, (trainable, state, trainable))
+    trainable, state, *_ = make(work, mode, mesh).args
+    return _jitted(lambda t, state, g: updated(tx, g, state, t), (trainable, state, trainable))
 
 
-def _updated(tx: optax.GradientTransformation, gradients, state, trainable) -> tuple:
+def updated(tx: optax.GradientTransformation, gradients, state, trainable) -> tuple:
+    """The new parameters and state."""
     updates, state = tx.update(gradients, state, trainable)
     return optax.apply_updates(trainable, updates), state
 
