@@ -132,8 +132,13 @@ def expected():
 
 
 def close(found, wanted):
-    """In float32, where programs sum in different orders."""
-    trees.assert_close(found, wanted, rtol=2e-4, atol=1e-6)
+    """Of the products, in float32, where programs sum in different orders.
+
+    Where r is above a side, the factors have a part that no product sees.
+    """
+    for name, node in wanted.items():
+        x, y = (np.matmul(*map(np.float64, trees.values(of))) for of in (found[name], node))
+        assert np.linalg.norm(x - y) <= 1e-5 * np.linalg.norm(y), name
 
 
 @every_inner

@@ -256,7 +256,7 @@ SIDES = {"wide": (13, 3, 11), "odd": (17, 4, 9), "r above n": (7, 5, 2), "one ro
 
 @pytest.mark.float32
 def test_eight_devices_and_one_agree_in_float32_where_r_is_above_a_side():
-    """Three steps; of the change of the product, 1e-5. Everything is on every device.
+    """Three steps; of the change of the product, 1e-5, and the last digit of the factors.
 
     The one row has a direction in which a is nothing. The averages have a part of the step's size
     there, which vanishes but for the Gram's rounding over the damping, an eighth.
@@ -286,4 +286,6 @@ def test_eight_devices_and_one_agree_in_float32_where_r_is_above_a_side():
         before, x, y = (
             a @ b for a, b in (trees.values(node) for node in (start, one[name], eight[name]))
         )
-        assert np.linalg.norm(x - y) <= bounds[name] * np.linalg.norm(x - before), name
+        bound = bounds[name] * np.linalg.norm(x - before)
+        last_digit = np.finfo(np.float32).eps * np.linalg.norm(before)
+        assert np.linalg.norm(x - y) <= bound + last_digit, name
