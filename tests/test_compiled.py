@@ -137,7 +137,7 @@ def close(found, wanted):
     Where r is above a side, the factors have a part that no product sees.
     """
     for name, node in wanted.items():
-        x, y = (np.matmul(*map(np.float64, trees.values(of))) for of in (found[name], node))
+        x, y = (np.matmul(*trees.values(of)) for of in (found[name], node))
         assert np.linalg.norm(x - y) <= 1e-5 * np.linalg.norm(y), name
 
 
