@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 
 import numpy as np
+from scipy.sparse import csgraph
 
 from experiments.data.task import Example, Splits, Task
 
@@ -78,13 +79,7 @@ def clusters(sentences: list[str]) -> np.ndarray:
         has[row, [index[word] for word in words]] = 1
     common, sizes = has @ has.T, has.sum(axis=1)
     linked = common >= NEAR_DUPLICATE * (sizes[:, None] + sizes[None, :] - common)
-    neighbours = [np.flatnonzero(row) for row in linked | np.eye(len(sets), dtype=bool)]
-    labels = np.arange(len(sets))
-    while True:
-        lowest = np.array([labels[near].min() for near in neighbours])
-        if (lowest == labels).all():
-            return labels
-        labels = lowest
+    return csgraph.connected_components(linked, directed=False)[1]
 
 
 def disturb(sentence: str, rng: np.random.Generator) -> str:
