@@ -137,18 +137,3 @@ def test_grouping_by_length_saves_more_than_half_of_the_padding():
     batches = train_batches(fake(lengths), 32, seed=0, epochs=1)
     computed = sum(batches[i]["tokens"].size for i in range(len(batches)))
     assert computed - lengths.sum() < 0.5 * (4096 * 128 - lengths.sum())
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"batch_size": 0}, "batch_size 0 is out of range; choose a number from 1 to"),
-        ({"epochs": 0}, "epochs 0 is out of range"),
-        ({"process_count": 3}, "process_count 3 does not divide batch_size, 32"),
-        ({"buckets": (4, 9)}, r"a row has 20 tokens, the longest bucket holds 9; encode with"),
-    ],
-)
-def test_impossible_batches_are_refused(encoded, options, message):
-    arguments = {"batch_size": 32, "seed": 0, "epochs": 1, "buckets": BUCKETS, **options}
-    with pytest.raises(ValueError, match=message):
-        train_batches(encoded, arguments.pop("batch_size"), **arguments)

@@ -53,7 +53,7 @@ def _load_data(
         examples = (split[i] for i in subset(len(split), count, seed))
         if found.text_to_text:
             examples = (PROMPTS[task].example(spec, example) for example in examples)
-        return encode(examples, tokenizer, max_length, num_labels=len(spec.labels))
+        return encode(examples, tokenizer, max_length)
 
     return Data(
         encoded(splits.train, train_examples, seed),
