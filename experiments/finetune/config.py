@@ -204,8 +204,6 @@ class Record:
     """Checkpoints of a run that are kept until it is complete: the last ones."""
     evaluate_every: Annotated[int, checks.Range(0)] = 0
     """Steps between evaluations, beside those at the end of every epoch; 0: no others."""
-    evaluate_first: bool = False
-    """Evaluate before the first step too: what is wrong there should not cost an epoch."""
     diagnose_every: Annotated[int, checks.Range(0)] = 0
     """Steps between measurements of how close the steps are to full fine-tuning's; 0: never."""
     tensorboard: bool = False

@@ -64,7 +64,6 @@ class Rhythm(NamedTuple):
 
     checkpoint_every: int = 0  # beside the last step
     evaluate_every: int = 0  # beside the end of every epoch
-    evaluate_first: bool = False
     diagnose_every: int = 0
     profile_steps: tuple[int, int] | None = None  # the first and the last that are traced
     last: int | None = None  # the step to end with; None: the run's last
@@ -134,19 +133,9 @@ def train(
 ) -> tuple[nnx.State, History]:
     """Trains from the last checkpoint, if there is one, to the end; the last step is saved too.
 
-    Args:
-        setup: the run.
-        params: the initial trainable parameters; donated.
-        checkpoints: of the run's folder.
-        rhythm: when to save, to evaluate, to diagnose, to trace and to end.
-        observe: is called whenever something has been measured, with the history so far.
-        told_to_end: asked after every step, with its number; if so, the run saves and stops.
-        profile: the folder of the traces.
-
-    Raises:
-        DivergedError: a loss or a gradient is not finite.
-        PreemptedError: it was told to end.
-        OSError: a checkpoint could not be written.
+    The initial `params` are donated. `observe` is called whenever something has been measured,
+    `told_to_end` after every step, with its number. `profile` is the folder of the traces. Ends in
+    a DivergedError, or a PreemptedError if it was told to end.
     """
     params = setup.devices.place(params)
     arrays, history = (params, setup.programs.init(params)), History()
@@ -158,8 +147,6 @@ def train(
     total, start = len(setup.batches), len(history.losses)
     last = total if rhythm.last is None else rhythm.last
     observe(history)  # what a log holds beyond the checkpoint is void
-    if rhythm.evaluate_first and start == 0:
-        loop.evaluate(arrays[0], 0)
     with contextlib.ExitStack() as tracing:
         for done in range(start + 1, last + 1):
             batch = setup.devices.shard(next(iterator))
