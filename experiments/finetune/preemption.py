@@ -22,15 +22,13 @@ def noticed() -> Iterator[Callable[[int], bool]]:
         yield multihost_utils.reached_preemption_sync_point
         return
     received: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def note(number: int, frame) -> None:
         del frame
         received.append(number)
-        signal.signal(signal.SIGINT, before[signal.SIGINT])
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    for number in before:
-        signal.signal(number, note)
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield lambda step: bool(received)
     finally:

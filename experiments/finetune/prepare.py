@@ -110,7 +110,7 @@ def build(run: RunConfig, loaded: Data, devices: Devices = ONE) -> tuple[Setup, 
     batches = train_batches(loaded.train, run.batch_size, seed=run.seed, epochs=run.epochs, **share)
     eval_batch = -(-EVAL_BATCH // devices.count) * devices.count  # every device has as many rows
     setup = Setup(
-        programs=programs_of(run, len(batches), graph, devices),
+        programs=programs_of(run.shared, len(batches), graph, devices),
         varied=devices.replicate(varied_of(run)),
         frozen=devices.place(frozen),
         batches=batches,

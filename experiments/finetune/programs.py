@@ -161,14 +161,5 @@ class Programs:
         return jax.lax.with_sharding_constraint((params, opt_state), where)
 
 
-def programs_of(run: RunConfig, steps: int, graph: nnx.GraphDef, devices: Devices) -> Programs:
-    """The run's programs: those of an earlier run that it shares them with, or new ones."""
-    return _kept(run.shared, steps, graph, devices)
-
-
-_kept = functools.lru_cache(maxsize=KEPT)(Programs)
-
-
-def clear() -> None:
-    """Lets go of all programs, so that the next run compiles its own."""
-    _kept.cache_clear()
+# Called with `run.shared`: the programs of an earlier run that shares them, or new ones.
+programs_of = functools.lru_cache(maxsize=KEPT)(Programs)
