@@ -274,14 +274,14 @@ def _with_environment(command: Command) -> Command:
     """The command with what it leaves to JAX's variables; nothing if they name no coordinator."""
     if "JAX_COORDINATOR_ADDRESS" not in os.environ:
         return command
-    told = {"coordinator": os.environ["JAX_COORDINATOR_ADDRESS"]}
+    told = {"coordinator": command.coordinator or os.environ["JAX_COORDINATOR_ADDRESS"]}
     for name in ("num_processes", "process_id"):
-        if (number := os.environ.get(f"JAX_{name.upper()}")) is not None:
+        variable = f"JAX_{name.upper()}"
+        if getattr(command, name) is None and (number := os.environ.get(variable)) is not None:
             if not number.isdecimal():
-                raise ValueError(f"JAX_{name.upper()} is {number!r}; set it to a whole number")
+                raise ValueError(f"{variable} is {number!r}; set it to a whole number")
             told[name] = int(number)
-    left = {name: value for name, value in told.items() if getattr(command, name) is None}
-    return dataclasses.replace(command, distributed=True, **left)
+    return dataclasses.replace(command, distributed=True, **told)
 
 
 def shrunk(command: AnyGrid) -> AnyGrid:

@@ -28,9 +28,7 @@ def noticed() -> Iterator[Callable[[int], bool]]:
         received.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with contextlib.ExitStack() as afterwards:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            afterwards.callback(signal.signal, number, signal.signal(number, note))
         yield lambda step: bool(received)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

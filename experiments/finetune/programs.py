@@ -131,8 +131,12 @@ class Programs:
 
         def step(params, *rest):
             loss, grads, updates, opt_state = update(params, *rest)
-            metrics = Metrics(loss, optax.tree.norm(grads))
-            return (*self._placed(optax.apply_updates(params, updates), opt_state), metrics)
+            made = optax.apply_updates(params, updates), opt_state
+            if devices.mesh is not None:  # both are held to where they lie before the step
+                states = devices.state_shardings(self.optimizer(), params)
+                where = devices.shardings(params), states
+                made = jax.lax.with_sharding_constraint(made, where)
+            return (*made, Metrics(loss, optax.tree.norm(grads)))
 
         def diagnosis(params, *rest):
             _, grads, updates, _ = update(params, *rest)
@@ -151,14 +155,6 @@ class Programs:
     def init(self, params) -> Any:
         """The optimizer's first state, the same for all rates."""
         return self.devices.init(self.optimizer(), params)
-
-    def _placed(self, params, opt_state) -> tuple:
-        """Both, held to where they lie before the step."""
-        if self.devices.mesh is None:
-            return params, opt_state
-        states = self.devices.state_shardings(self.optimizer(), params)
-        where = self.devices.shardings(params), states
-        return jax.lax.with_sharding_constraint((params, opt_state), where)
 
 
 # Called with `run.shared`: the programs of an earlier run that shares them, or new ones.

@@ -14,9 +14,8 @@ from experiments.finetune.config import Command, RunConfig
 from experiments.finetune.devices import Devices
 from experiments.finetune.hosts import can_go_on_from, is_first, once
 from experiments.finetune.methods import schedule
-from experiments.finetune.metrics import logged
 from experiments.finetune.prepare import Data, build, load_data
-from experiments.finetune.progress import shown
+from experiments.finetune.progress import logged, shown
 from experiments.finetune.result import batch_ids, result_of, sizes_of
 from experiments.finetune.train import DivergedError, History, Rhythm, Setup, train
 from experiments.storage import Path, locked

@@ -109,8 +109,8 @@ def trained(runs: Sequence[RunConfig], command: Command, console: Console) -> li
     with shown(console, title, steps, rows) as observe:
         outcomes = train(group, params, observe)
     return [
-        result_of(run, loaded[place], *outcome)
-        | (batch_ids(group.setups[place], outcome.diverged) if outcome.diverged else {})
+        result_of(run, loaded[place], history, diverged)
+        | (batch_ids(group.setups[place], diverged) if diverged else {})
         | about
-        for run, place, outcome in zip(runs, group.of_run, outcomes, strict=True)
+        for run, place, (history, diverged) in zip(runs, group.of_run, outcomes, strict=True)
     ]
