@@ -126,38 +126,28 @@ def _epoch_order(batches: Batches, epoch: int) -> list[np.ndarray]:
 
 def _batch(encoded: Encoded, rows: np.ndarray, size: int, length: int) -> dict[str, np.ndarray]:
     """The rows as arrays (size, length); rows beyond them are masked and weigh 0."""
-    filled = len(rows)
-    starts, lengths = encoded.starts[rows], encoded.lengths[rows]
-    columns = np.arange(length)
-    mask = np.zeros((size, length), bool)
-    mask[:filled] = columns[None, :] < lengths[:, None]
-    source = (starts[:, None] + columns[None, :])[mask[:filled]]
-    batch = {
-        "tokens": np.full((size, length), encoded.pad_id, np.int32),
-        "segments": np.zeros((size, length), np.int32),
+    rest, columns = (0, size - len(rows)), np.arange(length)
+    starts, lengths = (np.pad(x[rows], rest)[:, None] for x in (encoded.starts, encoded.lengths))
+    mask = columns < lengths
+    source = (starts + columns)[mask]
+    tokens = np.full(mask.shape, encoded.pad_id, np.int32)
+    segments = np.zeros(mask.shape, np.int32)
+    tokens[mask], segments[mask] = encoded.tokens[source], encoded.segments[source]
+    return {
+        "tokens": tokens,
+        "segments": segments,
         "mask": mask,
-        "labels": np.zeros(size, np.int32),
-        "weights": np.zeros(size, np.float32),
-        "ids": np.full(size, -1, np.int32),
+        "labels": np.pad(encoded.labels[rows], rest),
+        "weights": np.pad(np.ones(len(rows), np.float32), rest),
+        "ids": np.pad(encoded.ids[rows], rest, constant_values=-1),
     }
-    batch["tokens"][mask] = encoded.tokens[source]
-    batch["segments"][mask] = encoded.segments[source]
-    batch["labels"][:filled] = encoded.labels[rows]
-    batch["weights"][:filled] = 1.0
-    batch["ids"][:filled] = encoded.ids[rows]
-    return batch
 
 
-def train_batches(
+def batches_of(
     encoded: Encoded, batch_size: int, *, seed: int | None, epochs: int, **share
 ) -> grain.MapDataset:
-    """All batches of a run: `ds[step]` is the batch of that step, `len(ds)` the number of steps.
+    """`Batches`: `ds[step]` is the batch of that step, `len(ds)` the number of steps.
 
     `iter(ds.to_iter_dataset())` gives an iterator whose state can be saved and set again.
     """
     return grain.MapDataset.source(Batches(encoded, batch_size, seed, epochs, **share))
-
-
-def eval_batches(encoded: Encoded, batch_size: int, **share) -> grain.MapDataset:
-    """Every row once, sorted by length; batches as in `train_batches`."""
-    return train_batches(encoded, batch_size, seed=None, epochs=1, **share)

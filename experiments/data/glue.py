@@ -25,8 +25,7 @@ VALIDATION = {"mnli": "validation_matched"}  # as in the paper's table
 class GlueSplit(Sequence):
     """One split, decoded row by row as it is asked for; every label is checked."""
 
-    def __init__(self, task: Task, source):
-        """Binds the task to a TFDS data source of one of its splits."""
+    def __init__(self, task: Task, source):  # a TFDS data source of one of its splits
         self.task, self._source = task, source
 
     def __len__(self) -> int:

@@ -24,8 +24,8 @@ MAX_SPAN = 3  # words in a span; longer ones make the break easier to see
 VALIDATION_SHARE = 1 / 6
 NEAR_DUPLICATE = 0.6  # Jaccard index of two sentences' words from which they share a split
 
-# "Code in quotes" and (parentheses) move as one: cutting them open would show the swap.
-_UNIT = re.compile(r'(?:"[^"]*"|“[^”]*”|\([^()]*\)|\S)+')
+# A word; "code in quotes" and (parentheses) move as one: cutting them open would show the swap.
+UNIT = re.compile(r'(?:"[^"]*"|“[^”]*”|\([^()]*\)|\S)+')
 _RULE = re.compile(r"[=*\-^~#+|]{3,}$| \| ")
 _MARKER = re.compile(r"\s*([*•-]|\d+\.|\[\d+\]) +")
 _EMPHASIS = re.compile(r"(?<![\w*\"'])\*([^*\s\"][^*]*?)\*(?![\w*])")
@@ -84,7 +84,7 @@ def clusters(sentences: list[str]) -> np.ndarray:
 
 def disturb(sentence: str, rng: np.random.Generator) -> str:
     """The sentence with two neighbouring spans of one to MAX_SPAN words swapped."""
-    units = [re.fullmatch(r"(.*?)([,;:.!?]*)", unit).groups() for unit in units_of(sentence)]
+    units = [re.fullmatch(r"(.*?)([,;:.!?]*)", unit).groups() for unit in UNIT.findall(sentence)]
     words = [word for word, _ in units]
     swaps = [
         (start, middle, end)
@@ -96,11 +96,6 @@ def disturb(sentence: str, rng: np.random.Generator) -> str:
     start, middle, end = swaps[rng.integers(len(swaps))]
     words[start:end] = words[middle:end] + words[start:middle]
     return " ".join(word + stop for word, (_, stop) in zip(words, units, strict=True))
-
-
-def units_of(sentence: str) -> list[str]:
-    """The sentence's words, with quoted code and parentheses kept in one piece."""
-    return _UNIT.findall(sentence)
 
 
 def _paragraphs(text: str) -> Iterator[str]:
@@ -133,7 +128,7 @@ def _indent(line: str) -> int:
 
 def _is_prose(sentence: str) -> bool:
     """A whole sentence of English: opens and closes as one, and is mostly words."""
-    units = units_of(sentence)
+    units = UNIT.findall(sentence)
     plain = sum(bool(re.fullmatch(r"[A-Za-z’'-]+[,;:.!?]?", unit)) for unit in units)
     return (
         bool(_OPENING.match(sentence))
