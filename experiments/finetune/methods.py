@@ -22,14 +22,12 @@ from lorapro_jax import nnx as lora
 
 HEAD = r"head/.*"  # fresh, so that the LoRA methods train it too
 
-Optimizer = Callable[[RunConfig, optax.Schedule], optax.GradientTransformation]
-
 
 class Method(NamedTuple):
-    """How one method trains."""
+    """How one method trains: `optimizer` makes that of the adapters, or of every parameter."""
 
     adapted: bool  # adapters and the head train; otherwise every parameter does
-    optimizer: Optimizer  # of the adapters; or of every parameter
+    optimizer: Callable[[RunConfig, optax.Schedule], optax.GradientTransformation]
 
 
 def _adam(run: RunConfig) -> dict[str, float]:

@@ -116,7 +116,7 @@ class Programs:
     """
 
     def __init__(self, run: RunConfig, steps: int, graph: nnx.GraphDef, devices: Devices):
-        self.run, self.graph, self.devices = run, graph, devices
+        self.graph, self.devices = graph, devices
         self.optimizer = functools.partial(optimizer, run, steps)
         measure = diagnosis_of(run)
 
@@ -154,7 +154,10 @@ class Programs:
 
     def init(self, params) -> Any:
         """The optimizer's first state, the same for all rates."""
-        return self.devices.init(self.optimizer(), params)
+        tx = self.optimizer()
+        if self.devices.mesh is None:
+            return tx.init(params)
+        return jax.jit(tx.init, out_shardings=self.devices.state_shardings(tx, params))(params)
 
 
 # Called with `run.shared`: the programs of an earlier run that shares them, or new ones.

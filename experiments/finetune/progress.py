@@ -45,17 +45,17 @@ def logged(
     folder: storage.Path, rates: np.ndarray, *, tensorboard: bool
 ) -> Iterator[Callable[[History], None]]:
     """Yields what is to be called with the history whenever there is news in it."""
-    latest, shown, due = History(), 0, 0.0
+    latest, sent, due = History(), 0, 0.0  # sent: lines that TensorBoard has
 
     def write() -> None:
-        nonlocal shown, due
+        nonlocal sent, due
         found = lines(latest, rates)
         text = "".join(json.dumps(line) + "\n" for line in found)
         storage.write_atomic(folder / METRICS, text.encode(), "the run's log")
-        for line in found[shown:] if events else ():
+        for line in found[sent:] if events else ():
             for name in line.keys() - {"kind", "step"}:
                 events.add_scalar(f"{line['kind']}/{name}", line[name], line["step"])
-        shown, due = len(found), time.monotonic() + EVERY
+        sent, due = len(found), time.monotonic() + EVERY
 
     def observe(history: History) -> None:
         nonlocal latest

@@ -28,7 +28,7 @@ from experiments.finetune.command import checked, show, terminal
 from experiments.finetune.config import Grid, RunConfig, read, runs
 from experiments.finetune.prepare import build, load_data
 from experiments.finetune.progress import shown
-from experiments.finetune.result import batch_ids, divergence, result_of, sizes_of
+from experiments.finetune.run import batch_ids, divergence, result_of, sizes_of
 from experiments.storage import locked
 from experiments.sweep.together import join, train
 
