@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.data import batching
-from experiments.data.batching import eval_batches, train_batches
+from experiments.data.batching import batches_of
 
 
 def fake(lengths, seed=0):
@@ -46,7 +46,7 @@ lengths_st = st.lists(st.integers(1, 20), min_size=1, max_size=90)
 @hypothesis.settings(max_examples=60, deadline=None)
 def test_every_row_comes_once_an_epoch_in_its_smallest_bucket(lengths, size, seed, epochs):
     encoded = fake(lengths)
-    batches = train_batches(encoded, size, seed=seed, epochs=epochs, buckets=BUCKETS)
+    batches = batches_of(encoded, size, seed=seed, epochs=epochs, buckets=BUCKETS)
     per_epoch = -(-len(lengths) // size)
     assert len(batches) == per_epoch * epochs
     for epoch in range(epochs):
@@ -64,9 +64,9 @@ def test_every_row_comes_once_an_epoch_in_its_smallest_bucket(lengths, size, see
 @hypothesis.settings(max_examples=40, deadline=None)
 def test_the_processes_shares_make_up_the_global_batch(lengths, share, processes, seed):
     encoded, size = fake(lengths), share * processes
-    whole = train_batches(encoded, size, seed=seed, epochs=1, buckets=BUCKETS)
+    whole = batches_of(encoded, size, seed=seed, epochs=1, buckets=BUCKETS)
     parts = [
-        train_batches(encoded, size, seed=seed, epochs=1, buckets=BUCKETS,
+        batches_of(encoded, size, seed=seed, epochs=1, buckets=BUCKETS,
                            process_index=p, process_count=processes)
         for p in range(processes)
     ]  # fmt: skip
@@ -87,7 +87,7 @@ def same(first, second):
 
 
 def test_evaluation_sees_every_row_once_sorted_by_length(encoded):
-    batches = eval_batches(encoded, 32, buckets=BUCKETS)
+    batches = batches_of(encoded, 32, seed=None, epochs=1, buckets=BUCKETS)
     ids = np.concatenate([b["ids"][b["weights"] > 0] for b in batches])
     assert sorted(ids.tolist()) == list(range(333))
     lengths = [batches[i]["tokens"].shape[1] for i in range(len(batches))]
@@ -95,7 +95,7 @@ def test_evaluation_sees_every_row_once_sorted_by_length(encoded):
 
 
 def test_dtypes_and_shapes_are_the_promised_ones(encoded):
-    batch = train_batches(encoded, 32, seed=0, epochs=1, buckets=BUCKETS)[0]
+    batch = batches_of(encoded, 32, seed=0, epochs=1, buckets=BUCKETS)[0]
     assert {key: value.dtype.name for key, value in batch.items()} == {
         "tokens": "int32", "segments": "int32", "mask": "bool",
         "labels": "int32", "weights": "float32", "ids": "int32",
@@ -106,7 +106,7 @@ def test_dtypes_and_shapes_are_the_promised_ones(encoded):
 
 def test_the_seed_alone_decides_the_batches(encoded):
     first, again, other = (
-        train_batches(encoded, 32, seed=seed, epochs=2, buckets=BUCKETS) for seed in (3, 3, 4)
+        batches_of(encoded, 32, seed=seed, epochs=2, buckets=BUCKETS) for seed in (3, 3, 4)
     )
     steps = range(len(first))
     assert all(same(first[i], again[i]) for i in reversed(steps))
@@ -117,14 +117,14 @@ def test_the_seed_alone_decides_the_batches(encoded):
 
 @pytest.mark.parametrize("stop", [0, 1, 10, 11, 21, 22])
 def test_a_saved_iterator_goes_on_with_the_same_batches(encoded, stop):
-    batches = train_batches(encoded, 32, seed=5, epochs=2, buckets=BUCKETS)
+    batches = batches_of(encoded, 32, seed=5, epochs=2, buckets=BUCKETS)
     assert len(batches) == 22
     running = iter(batches.to_iter_dataset())
     for _ in range(stop):
         next(running)
     state = running.get_state()
     rest = list(running)
-    resumed = iter(train_batches(encoded, 32, seed=5, epochs=2, buckets=BUCKETS).to_iter_dataset())
+    resumed = iter(batches_of(encoded, 32, seed=5, epochs=2, buckets=BUCKETS).to_iter_dataset())
     resumed.set_state(state)
     again = list(resumed)
     assert len(rest) == len(again) == 22 - stop
@@ -134,21 +134,6 @@ def test_a_saved_iterator_goes_on_with_the_same_batches(encoded, stop):
 
 def test_grouping_by_length_saves_more_than_half_of_the_padding():
     lengths = np.random.default_rng(0).integers(1, 129, 4096)
-    batches = train_batches(fake(lengths), 32, seed=0, epochs=1)
+    batches = batches_of(fake(lengths), 32, seed=0, epochs=1)
     computed = sum(batches[i]["tokens"].size for i in range(len(batches)))
     assert computed - lengths.sum() < 0.5 * (4096 * 128 - lengths.sum())
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"batch_size": 0}, "batch_size 0 is out of range; choose a number from 1 to"),
-        ({"epochs": 0}, "epochs 0 is out of range"),
-        ({"process_count": 3}, "process_count 3 does not divide batch_size, 32"),
-        ({"buckets": (4, 9)}, r"a row has 20 tokens, the longest bucket holds 9; encode with"),
-    ],
-)
-def test_impossible_batches_are_refused(encoded, options, message):
-    arguments = {"batch_size": 32, "seed": 0, "epochs": 1, "buckets": BUCKETS, **options}
-    with pytest.raises(ValueError, match=message):
-        train_batches(encoded, arguments.pop("batch_size"), **arguments)

@@ -168,23 +168,23 @@ def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
 
 
 def _save_on_a_full_disk(folder: pathlib.Path, limit: int) -> None:
-    saved = Checkpoints(folder)
-    saved.save(1, arrays(1), {})
-    saved.wait()
-
-    def save_second() -> None:
-        saved.save(2, arrays(2), {})
+    def save(saved: Checkpoints, step: int) -> None:
+        saved.save(step, arrays(step), {})
         saved.wait()
 
+    saved = Checkpoints(folder)
+    save(saved, 1)
     with file_size_limit(limit), pytest.raises(OSError, match="checkpoint of step 2") as caught:
-        save_second()
+        save(saved, 2)
     assert str(saved.path) in str(caught.value)
     assert "Make room" in str(caught.value)
     assert [path.name for path in saved.path.iterdir()] == ["1"]
-    save_second()  # there is room again
-    got, _ = saved.restore(arrays(0))
     saved.close()
-    assert_same(got, arrays(2))
+    again = Checkpoints(folder)  # there is room again
+    assert_same(again.restore(arrays(0))[0], arrays(1))
+    save(again, 2)
+    assert_same(again.restore(arrays(0))[0], arrays(2))
+    again.close()
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):

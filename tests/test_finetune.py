@@ -28,7 +28,7 @@ from experiments.finetune import command as finetune
 from experiments.finetune import config, methods, prepare, programs
 from experiments.finetune.config import RATES, Command, RunConfig
 from experiments.finetune.methods import METHODS
-from experiments.finetune.result import thinned
+from experiments.finetune.run import thinned
 from experiments.models import t5_files, t5_tiny
 from experiments.models import tiny as tiny_model
 

@@ -45,14 +45,14 @@ def final(out, rate, seed) -> bytes:
 
 def test_a_sweep_compiles_once_and_its_runs_end_as_alone(tmp_path):
     flags = {"methods": "lora", "train_examples": 32, "checkpoint_every": 0}
-    programs.clear()
+    programs.programs_of.cache_clear()
     with compilations() as counts:
         swept = tiny(tmp_path / "swept", learning_rates="1e-4,1e-3", seeds="0,1", **flags)
         assert finetune.main(swept) == 0
     assert counts["jit(step)"] == counts["jit(logits)"] == 1
     finals = {final(tmp_path / "swept", rate, seed) for rate in (1e-4, 1e-3) for seed in (0, 1)}
     assert len(finals) == 4
-    programs.clear()
+    programs.programs_of.cache_clear()
     assert finetune.main(tiny(tmp_path / "alone", learning_rates="1e-3", seeds="1", **flags)) == 0
     assert final(tmp_path / "alone", 1e-3, 1) == final(tmp_path / "swept", 1e-3, 1)
 
@@ -66,7 +66,7 @@ def test_a_sweep_over_several_devices_ends_as_alone(tmp_path):
     script = (
         "from experiments.finetune import command as finetune, programs\n"
         f"for command in {commands}:\n"
-        "    programs.clear()\n"
+        "    programs.programs_of.cache_clear()\n"
         "    assert finetune.main(command) == 0\n"
     )
     command = [sys.executable, "-c", script]

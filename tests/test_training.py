@@ -177,11 +177,11 @@ def _events(folder: pathlib.Path) -> dict[tuple[str, int], float]:
 
 def test_what_is_measured_is_logged_and_changes_nothing(whole, tmp_path):
     flags = tiny(tmp_path, **FLAGS, evaluate_every=3, diagnose_every=4, profile_steps="2,3")
-    assert finetune.main([*flags, "--evaluate-first", "--tensorboard"]) == 0
+    assert finetune.main([*flags, "--tensorboard"]) == 0
     folder = tmp_path / NAME
     assert (folder / "final.safetensors").read_bytes() == (whole / "final.safetensors").read_bytes()
     result = json.loads((folder / "result.json").read_text())
-    assert [point["step"] for point in result["evaluations"]] == [0, 3, 6, 8]
+    assert [point["step"] for point in result["evaluations"]] == [3, 6, 8]
     assert [point["step"] for point in result["diagnostics"]] == [4, 8]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["kind"] == "train"]

@@ -10,14 +10,13 @@ import copy
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import grain
 import numpy as np
 import tokenizers
 
-from experiments.checks import Range, divides
-from experiments.data.task import Example, check_label
+from experiments.data.task import Example
 
 BUCKETS = (16, 32, 48, 64, 96, 128)
 WINDOW = 16  # batches that are sorted by length together; more pad less and mix less
@@ -26,23 +25,14 @@ _CHUNK = 4096  # texts tokenised at a time, which bounds the memory their Encodi
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Encoded:
-    """Tokenised examples, N rows of different lengths laid end to end.
+    """Tokenised examples, N rows of different lengths laid end to end."""
 
-    Attributes:
-        tokens: token ids of all rows, int32.
-        segments: 0 in the first text, 1 in the second, int32, as long as tokens.
-        lengths: tokens of each row, int64 (N,).
-        labels: int32 (N,).
-        ids: the examples' ids, int32 (N,).
-        pad_id: the token that fills up a row.
-    """
-
-    tokens: np.ndarray
-    segments: np.ndarray
-    lengths: np.ndarray
-    labels: np.ndarray
-    ids: np.ndarray
-    pad_id: int
+    tokens: np.ndarray  # of all rows, int32
+    segments: np.ndarray  # 0 in the first text, 1 in the second, int32, as long as tokens
+    lengths: np.ndarray  # tokens of each row, int64 (N,)
+    labels: np.ndarray  # int32 (N,)
+    ids: np.ndarray  # of the examples, int32 (N,)
+    pad_id: int  # the token that fills up a row
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -54,20 +44,14 @@ class Encoded:
 
 
 def encode(
-    examples: Iterable[Example],
-    tokenizer: tokenizers.Tokenizer,
-    max_length: int,
-    *,
-    num_labels: int | None = None,
+    examples: Iterable[Example], tokenizer: tokenizers.Tokenizer, max_length: int
 ) -> Encoded:
-    """Tokenises every example, cutting the longer text first where a row exceeds `max_length`.
-
-    Raises:
-        ValueError: a label is not below `num_labels`, or negative; there are no examples; or the
-            tokenizer cannot pad.
-    """
+    """Tokenises every example, cutting the longer text first where a row exceeds `max_length`."""
+    pad_ids = map(tokenizer.token_to_id, ("[PAD]", "<pad>"))
+    pad_id = next((number for number in pad_ids if number is not None), None)
+    if pad_id is None:
+        raise ValueError("the tokenizer has no [PAD] or <pad> token; add one to its file")
     cutting = copy.deepcopy(tokenizer)
-    cutting.no_padding()
     cutting.enable_truncation(max_length)
     tokens, segments, lengths, labels, ids = [], [], [], [], []
     remaining = iter(examples)
@@ -81,28 +65,13 @@ def encode(
         ids += [example.id for example in chunk]
     if not lengths:
         raise ValueError("there are no examples to encode; is the split empty?")
-    limit = num_labels or max(*labels, 0) + 1
-    for label, example_id in zip(labels, ids, strict=True):
-        check_label(label, limit, f"example {example_id}")
     return Encoded(
         np.concatenate(tokens),
         np.concatenate(segments),
         np.array(lengths),
         np.array(labels, np.int32),
         np.array(ids, np.int32),
-        _pad_id(tokenizer),
-    )
-
-
-def _pad_id(tokenizer: tokenizers.Tokenizer) -> int:
-    if tokenizer.padding is not None:
-        return tokenizer.padding["pad_id"]
-    for name in ("[PAD]", "<pad>"):
-        if (pad_id := tokenizer.token_to_id(name)) is not None:
-            return pad_id
-    raise ValueError(
-        "the tokenizer has no [PAD] or <pad> token; "
-        "name another one with tokenizer.enable_padding(pad_id=...)"
+        pad_id,
     )
 
 
@@ -110,34 +79,17 @@ def _pad_id(tokenizer: tokenizers.Tokenizer) -> int:
 class Batches:
     """A random-access source of batches: one step of one process at a time.
 
-    Attributes:
-        encoded: the rows.
-        batch_size: rows of a batch over all processes.
-        buckets: the lengths a batch may have, ascending.
-        seed: draws the order of every epoch; None keeps the rows sorted by length.
-        epochs: how often every row comes.
-        process_index: which share of every batch's rows is this process's.
-        process_count: shares a batch is cut into.
+    A batch is "tokens", "segments" int32 (B, T), "mask" bool (B, T), "labels" int32 (B,), "weights"
+    float32 (B,), 0 for a row that is no example, and "ids" int32 (B,), there -1.
     """
 
     encoded: Encoded
-    batch_size: int
-    buckets: tuple[int, ...]
-    seed: int | None
-    epochs: int
-    process_index: int
-    process_count: int
-
-    def __post_init__(self):
-        for name in ("batch_size", "epochs", "process_count"):
-            Range(1).check(name, getattr(self, name))
-        divides("process_count", self.process_count, "batch_size", self.batch_size)
-        longest = int(self.encoded.lengths.max())
-        if longest > self.buckets[-1]:
-            raise ValueError(
-                f"a row has {longest} tokens, the longest bucket holds {self.buckets[-1]}; encode "
-                f"with max_length <= {self.buckets[-1]} or add a longer bucket"
-            )
+    batch_size: int  # rows of a batch over all processes
+    seed: int | None  # draws the order of every epoch; None keeps the rows sorted by length
+    epochs: int  # how often every row comes
+    buckets: tuple[int, ...] = BUCKETS  # the lengths a batch may have, ascending
+    process_index: int = 0  # which share of every batch's rows is this process's
+    process_count: int = 1  # shares a batch is cut into, a divisor of its size
 
     @property
     def per_epoch(self) -> int:
@@ -174,59 +126,28 @@ def _epoch_order(batches: Batches, epoch: int) -> list[np.ndarray]:
 
 def _batch(encoded: Encoded, rows: np.ndarray, size: int, length: int) -> dict[str, np.ndarray]:
     """The rows as arrays (size, length); rows beyond them are masked and weigh 0."""
-    filled = len(rows)
-    starts, lengths = encoded.starts[rows], encoded.lengths[rows]
-    columns = np.arange(length)
-    mask = np.zeros((size, length), bool)
-    mask[:filled] = columns[None, :] < lengths[:, None]
-    source = (starts[:, None] + columns[None, :])[mask[:filled]]
-    batch = {
-        "tokens": np.full((size, length), encoded.pad_id, np.int32),
-        "segments": np.zeros((size, length), np.int32),
+    rest, columns = (0, size - len(rows)), np.arange(length)
+    starts, lengths = (np.pad(x[rows], rest)[:, None] for x in (encoded.starts, encoded.lengths))
+    mask = columns < lengths
+    source = (starts + columns)[mask]
+    tokens = np.full(mask.shape, encoded.pad_id, np.int32)
+    segments = np.zeros(mask.shape, np.int32)
+    tokens[mask], segments[mask] = encoded.tokens[source], encoded.segments[source]
+    return {
+        "tokens": tokens,
+        "segments": segments,
         "mask": mask,
-        "labels": np.zeros(size, np.int32),
-        "weights": np.zeros(size, np.float32),
-        "ids": np.full(size, -1, np.int32),
+        "labels": np.pad(encoded.labels[rows], rest),
+        "weights": np.pad(np.ones(len(rows), np.float32), rest),
+        "ids": np.pad(encoded.ids[rows], rest, constant_values=-1),
     }
-    batch["tokens"][mask] = encoded.tokens[source]
-    batch["segments"][mask] = encoded.segments[source]
-    batch["labels"][:filled] = encoded.labels[rows]
-    batch["weights"][:filled] = 1.0
-    batch["ids"][:filled] = encoded.ids[rows]
-    return batch
 
 
-def train_batches(
-    encoded: Encoded,
-    batch_size: int,
-    *,
-    seed: int | None,
-    epochs: int,
-    buckets: Sequence[int] = BUCKETS,
-    process_index: int = 0,
-    process_count: int = 1,
+def batches_of(
+    encoded: Encoded, batch_size: int, *, seed: int | None, epochs: int, **share
 ) -> grain.MapDataset:
-    """All batches of a run: `ds[step]` is the batch of that step, `len(ds)` the number of steps.
+    """`Batches`: `ds[step]` is the batch of that step, `len(ds)` the number of steps.
 
     `iter(ds.to_iter_dataset())` gives an iterator whose state can be saved and set again.
-
-    Args:
-        encoded: the rows.
-        batch_size: rows of a batch over all processes, which divide it.
-        seed: draws the order, the same batches bit for bit; None: sorted by length.
-        epochs: how often every row comes.
-        buckets: lengths a batch may have, ascending.
-        process_index: which process this is.
-        process_count: processes that share every batch.
-
-    Returns:
-        Batches of "tokens", "segments" int32 (B, T), "mask" bool (B, T), "labels" int32 (B,),
-        "weights" float32 (B,), 0 for a row that is no example, and "ids" int32 (B,), there -1.
     """
-    sizes = batch_size, tuple(buckets), seed, epochs, process_index, process_count
-    return grain.MapDataset.source(Batches(encoded, *sizes))
-
-
-def eval_batches(encoded: Encoded, batch_size: int, **share) -> grain.MapDataset:
-    """Every row once, sorted by length; batches as in `train_batches`."""
-    return train_batches(encoded, batch_size, seed=None, epochs=1, **share)
+    return grain.MapDataset.source(Batches(encoded, batch_size, seed, epochs, **share))

@@ -1,7 +1,7 @@
 """GLUE through TFDS's random-access data sources: array_record files, read without TensorFlow."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from experiments import storage
 from experiments.data.task import Example, Splits, Task
@@ -25,38 +25,28 @@ VALIDATION = {"mnli": "validation_matched"}  # as in the paper's table
 class GlueSplit(Sequence):
     """One split, decoded row by row as it is asked for; every label is checked."""
 
-    def __init__(self, task: Task, source):
-        """Binds the task to a TFDS data source of one of its splits."""
-        self.task = task
-        self._source = source
+    def __init__(self, task: Task, source):  # a TFDS data source of one of its splits
+        self.task, self._source = task, source
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, index: int) -> Example:
         index = range(len(self))[index]  # negative indices; IndexError beyond the end
-        return self._example(self._source[index], index)
-
-    def __iter__(self) -> Iterator[Example]:
-        for start in range(0, len(self), 1024):  # one read for many rows
-            rows = range(start, min(start + 1024, len(self)))
-            yield from map(self._example, self._source.__getitems__(rows), rows)
-
-    def _example(self, row: dict, index: int) -> Example:
+        row = self._source[index]
         texts = tuple(row[field].decode() for field in self.task.fields)
         return self.task.example(texts, int(row["label"]), index)
 
 
 def load(task: Task, data_dir: str | os.PathLike | None = None) -> Splits:
-    """The train and validation splits (MNLI: matched).
-
-    Raises:
-        FileNotFoundError: `data_dir` is given and does not hold the task.
-        OSError: no `data_dir`, and the download failed.
-        ValueError: the data's labels are not the task's.
-    """
+    """The train and validation splits (MNLI: matched); the labels must be the task's."""
     builder = _downloaded(task) if data_dir is None else _prepared(task, storage.at(data_dir))
-    _check_labels(task, builder.info.features["label"].names)
+    labels = tuple(builder.info.features["label"].names)
+    if labels != task.labels:
+        raise ValueError(
+            f"glue/{task.name} has the labels {labels}, expected {task.labels}; "
+            "prepare it again with a current tensorflow-datasets"
+        )
     names = ("train", VALIDATION.get(task.name, "validation"))
     return Splits(*(GlueSplit(task, builder.as_data_source(split=name)) for name in names))
 
@@ -70,10 +60,8 @@ def _prepared(task: Task, data_dir: storage.Path):
     folder = data_dir / "glue" / task.name
     versions = storage.found(folder, "*/dataset_info.json")
     if not versions:
-        there = sorted(
-            path.parent.parent.name
-            for path in storage.found(data_dir, "glue/*/*/dataset_info.json")
-        )
+        others = storage.found(data_dir, "glue/*/*/dataset_info.json")
+        there = sorted(path.parent.parent.name for path in others)
         raise FileNotFoundError(
             f"no {task.name} in {data_dir}: expected {folder}/<version>/dataset_info.json; "
             f"{'prepared there: ' + ', '.join(there) if there else 'no GLUE task is there'}. "
@@ -98,11 +86,3 @@ def _downloaded(task: Task):
             "data, or use --task pydoc"
         ) from error
     return builder
-
-
-def _check_labels(task: Task, found: Sequence[str]) -> None:
-    if tuple(found) != task.labels:
-        raise ValueError(
-            f"glue/{task.name} has the labels {tuple(found)}, expected {task.labels}; "
-            "prepare it again with a current tensorflow-datasets"
-        )

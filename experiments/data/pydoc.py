@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 
 import numpy as np
+from scipy.sparse import csgraph
 
 from experiments.data.task import Example, Splits, Task
 
@@ -23,8 +24,8 @@ MAX_SPAN = 3  # words in a span; longer ones make the break easier to see
 VALIDATION_SHARE = 1 / 6
 NEAR_DUPLICATE = 0.6  # Jaccard index of two sentences' words from which they share a split
 
-# "Code in quotes" and (parentheses) move as one: cutting them open would show the swap.
-_UNIT = re.compile(r'(?:"[^"]*"|“[^”]*”|\([^()]*\)|\S)+')
+# A word; "code in quotes" and (parentheses) move as one: cutting them open would show the swap.
+UNIT = re.compile(r'(?:"[^"]*"|“[^”]*”|\([^()]*\)|\S)+')
 _RULE = re.compile(r"[=*\-^~#+|]{3,}$| \| ")
 _MARKER = re.compile(r"\s*([*•-]|\d+\.|\[\d+\]) +")
 _EMPHASIS = re.compile(r"(?<![\w*\"'])\*([^*\s\"][^*]*?)\*(?![\w*])")
@@ -78,18 +79,12 @@ def clusters(sentences: list[str]) -> np.ndarray:
         has[row, [index[word] for word in words]] = 1
     common, sizes = has @ has.T, has.sum(axis=1)
     linked = common >= NEAR_DUPLICATE * (sizes[:, None] + sizes[None, :] - common)
-    neighbours = [np.flatnonzero(row) for row in linked | np.eye(len(sets), dtype=bool)]
-    labels = np.arange(len(sets))
-    while True:
-        lowest = np.array([labels[near].min() for near in neighbours])
-        if (lowest == labels).all():
-            return labels
-        labels = lowest
+    return csgraph.connected_components(linked, directed=False)[1]
 
 
 def disturb(sentence: str, rng: np.random.Generator) -> str:
     """The sentence with two neighbouring spans of one to MAX_SPAN words swapped."""
-    units = [re.fullmatch(r"(.*?)([,;:.!?]*)", unit).groups() for unit in units_of(sentence)]
+    units = [re.fullmatch(r"(.*?)([,;:.!?]*)", unit).groups() for unit in UNIT.findall(sentence)]
     words = [word for word, _ in units]
     swaps = [
         (start, middle, end)
@@ -101,11 +96,6 @@ def disturb(sentence: str, rng: np.random.Generator) -> str:
     start, middle, end = swaps[rng.integers(len(swaps))]
     words[start:end] = words[middle:end] + words[start:middle]
     return " ".join(word + stop for word, (_, stop) in zip(words, units, strict=True))
-
-
-def units_of(sentence: str) -> list[str]:
-    """The sentence's words, with quoted code and parentheses kept in one piece."""
-    return _UNIT.findall(sentence)
 
 
 def _paragraphs(text: str) -> Iterator[str]:
@@ -138,7 +128,7 @@ def _indent(line: str) -> int:
 
 def _is_prose(sentence: str) -> bool:
     """A whole sentence of English: opens and closes as one, and is mostly words."""
-    units = units_of(sentence)
+    units = UNIT.findall(sentence)
     plain = sum(bool(re.fullmatch(r"[A-Za-z’'-]+[,;:.!?]?", unit)) for unit in units)
     return (
         bool(_OPENING.match(sentence))

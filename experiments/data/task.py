@@ -22,34 +22,18 @@ class Splits(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A classification task on one or two texts.
+    """A classification task on one or two texts."""
 
-    Attributes:
-        name: as on the command line.
-        fields: names of the text fields, one or two.
-        labels: names of the labels; a label is an index into them.
-        metric: the headline: "accuracy", "matthews" or "f1".
-    """
-
-    name: str
-    fields: tuple[str, ...]
-    labels: tuple[str, ...]
-    metric: str
+    name: str  # as on the command line
+    fields: tuple[str, ...]  # names of the text fields, one or two
+    labels: tuple[str, ...]  # their names; a label is an index into them
+    metric: str  # the headline: "accuracy", "matthews" or "f1"
 
     def example(self, texts: tuple[str, ...], label: int, id: int) -> Example:
-        """An example whose label is checked to be one of the task's.
-
-        Raises:
-            ValueError: the label is out of range.
-        """
-        check_label(label, len(self.labels), f"{self.name}, example {id}")
-        return Example(texts, int(label), int(id))
-
-
-def check_label(label: int, num_labels: int, where: str) -> None:
-    """Raises a ValueError unless 0 <= label < num_labels."""
-    if not 0 <= label < num_labels:
-        raise ValueError(
-            f"{where}: label {label} is not in 0..{num_labels - 1}; GLUE marks the rows of its "
-            "test split with -1: use labelled splits, and check the number of labels"
-        )
+        """An example whose label is checked to be one of the task's."""
+        if not 0 <= label < len(self.labels):
+            raise ValueError(
+                f"{self.name}, example {id}: label {label} is not in 0..{len(self.labels) - 1}; "
+                "GLUE marks the rows of its test split with -1: use labelled splits"
+            )
+        return Example(texts, label, id)

@@ -15,18 +15,9 @@ def task_named(name: str) -> Task:
 
 
 def load_task(name: str, *, data_dir: str | os.PathLike | None = None, seed: int = 0) -> Splits:
-    """The train and validation splits of the named task.
+    """The splits of the named task: pydoc's drawn by `seed`, GLUE's from `data_dir`.
 
-    Args:
-        name: a key of TASKS.
-        data_dir: where TFDS keeps prepared data; by default TFDS's own folder, filled by a download
-            if need be. pydoc reads nothing from it.
-        seed: draws pydoc's sentences; GLUE's splits are fixed.
-
-    Raises:
-        ValueError: the task is unknown.
-        FileNotFoundError: `data_dir` does not hold the task.
-        OSError: the data could not be downloaded.
+    Without `data_dir`, GLUE lies in TFDS's own folder, and is downloaded if it is not there.
     """
     task = task_named(name)
     return pydoc.load(seed) if task is pydoc.TASK else glue.load(task, data_dir)

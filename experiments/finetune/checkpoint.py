@@ -37,12 +37,8 @@ from experiments.finetune import hosts
 from experiments.finetune.config import RunConfig
 from experiments.storage import explained, write_atomic, write_json
 
-CONFIG, FINAL, RESULT, CHECKPOINTS = (
-    "config.json",
-    "final.safetensors",
-    "result.json",
-    "checkpoints",
-)
+CONFIG, RESULT = "config.json", "result.json"
+FINAL, CHECKPOINTS = "final.safetensors", "checkpoints"
 MANIFEST = "sha256.json"
 # Orbax writes these two after the manifest: the first holds the time of that, the second nothing.
 _UNLISTED = {"_CHECKPOINT_METADATA", "commit_success.txt", MANIFEST}
@@ -85,19 +81,15 @@ class Checkpoints:
 
     def __init__(self, folder: storage.Path, keep: int = 2):
         self.path = (folder if storage.is_bucket(folder) else folder.absolute()) / CHECKPOINTS
-        self.keep = keep
         self._pending: int | None = None  # the step whose checkpoint may still be on its way
-        self._failed = False  # to write: the manager would raise the same again at the next save
-        with explained("the folder of the checkpoints", self.path):
-            hosts.once(self._remove_unfinished)
-            self._manager = self._opened()
-
-    def _opened(self) -> ocp.CheckpointManager:
+        self._failed = False  # to write: the manager would raise the same again when closed
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=self.keep,
+            max_to_keep=keep,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
         )
-        return ocp.CheckpointManager(self.path, options=options)
+        with explained("the folder of the checkpoints", self.path):
+            hosts.once(self._remove_unfinished)
+            self._manager = ocp.CheckpointManager(self.path, options=options)
 
     def _remove_unfinished(self) -> None:
         # After a failed write, other threads of Orbax may still be writing into the folder.
@@ -126,8 +118,7 @@ class Checkpoints:
     def save(self, step: int, arrays: Any, progress: dict) -> None:
         """Begins to save `arrays` (a pytree) and `progress` (JSON) after `step` steps.
 
-        Raises:
-            OSError: this checkpoint, or the one before, cannot be written.
+        An OSError if this checkpoint, or the one before, cannot be written.
         """
         self.wait()
         items = ocp.args.Composite(
@@ -135,9 +126,6 @@ class Checkpoints:
         )
         with self._writing(step):
             hosts.once(lambda: self._check_room(arrays))
-            if self._failed:
-                self._close_manager()
-                self._manager, self._failed = self._opened(), False
             self._pending = step
             self._manager.save(step, args=items)
 
@@ -164,11 +152,9 @@ class Checkpoints:
 
     def restore(self, like: Any) -> tuple[Any, dict] | None:
         """(arrays, progress) of the last whole checkpoint, shaped like `like`; None without one."""
-        if hosts.once(self._remove_damaged):
-            self._close_manager()  # it has its own list of the steps
-            self._manager = self._opened()
-        step = self._manager.latest_step()
-        if step is None:
+        hosts.once(self._remove_damaged)
+        self._manager.reload()  # it has its own list of the steps
+        if (step := self._manager.latest_step()) is None:
             return None
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         items = ocp.args.Composite(
@@ -178,10 +164,9 @@ class Checkpoints:
         hosts.can_go_on_from(f"step {step} or later of {self.path.parent}")
         return restored.arrays, restored.progress
 
-    def _remove_damaged(self) -> bool:
-        """Removes checkpoints from the last on, until one is whole; whether there was any."""
+    def _remove_damaged(self) -> None:
+        """Removes checkpoints from the last on, until one is whole."""
         folders = [path for path in storage.found(self.path, "*") if path.name.isdigit()]
-        removed = False
         for folder in sorted(folders, key=lambda path: int(path.name), reverse=True):
             if (file := damaged(folder)) is None:
                 break
@@ -191,20 +176,15 @@ class Checkpoints:
                 file=sys.stderr,
             )
             storage.remove_tree(folder)
-            removed = True
-        return removed
 
     def close(self) -> None:
         """Waits for the last checkpoint, and lets go of the folder."""
         try:
             self.wait()
         finally:
-            self._close_manager()
-
-    def _close_manager(self) -> None:
-        told = contextlib.suppress(Exception) if self._failed else contextlib.nullcontext()
-        with told:
-            self._manager.close()
+            told = contextlib.suppress(Exception) if self._failed else contextlib.nullcontext()
+            with told:
+                self._manager.close()
 
 
 def _digests(folder: storage.Path) -> dict[str, str]:

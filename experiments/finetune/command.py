@@ -26,8 +26,7 @@ from experiments.finetune.devices import devices_of
 from experiments.finetune.hosts import abandon, connect, is_first, once
 from experiments.finetune.methods import method_named
 from experiments.finetune.preemption import STATUS, noticed
-from experiments.finetune.result import divergence
-from experiments.finetune.run import Session, run_or_read
+from experiments.finetune.run import Session, divergence, run_or_read
 from experiments.finetune.train import PreemptedError
 from experiments.models import get as model_named
 from experiments.report.plots import draw

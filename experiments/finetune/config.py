@@ -204,8 +204,6 @@ class Record:
     """Checkpoints of a run that are kept until it is complete: the last ones."""
     evaluate_every: Annotated[int, checks.Range(0)] = 0
     """Steps between evaluations, beside those at the end of every epoch; 0: no others."""
-    evaluate_first: bool = False
-    """Evaluate before the first step too: what is wrong there should not cost an epoch."""
     diagnose_every: Annotated[int, checks.Range(0)] = 0
     """Steps between measurements of how close the steps are to full fine-tuning's; 0: never."""
     tensorboard: bool = False
@@ -276,14 +274,14 @@ def _with_environment(command: Command) -> Command:
     """The command with what it leaves to JAX's variables; nothing if they name no coordinator."""
     if "JAX_COORDINATOR_ADDRESS" not in os.environ:
         return command
-    told = {"coordinator": os.environ["JAX_COORDINATOR_ADDRESS"]}
+    told = {"coordinator": command.coordinator or os.environ["JAX_COORDINATOR_ADDRESS"]}
     for name in ("num_processes", "process_id"):
-        if (number := os.environ.get(f"JAX_{name.upper()}")) is not None:
+        variable = f"JAX_{name.upper()}"
+        if getattr(command, name) is None and (number := os.environ.get(variable)) is not None:
             if not number.isdecimal():
-                raise ValueError(f"JAX_{name.upper()} is {number!r}; set it to a whole number")
+                raise ValueError(f"{variable} is {number!r}; set it to a whole number")
             told[name] = int(number)
-    left = {name: value for name, value in told.items() if getattr(command, name) is None}
-    return dataclasses.replace(command, distributed=True, **left)
+    return dataclasses.replace(command, distributed=True, **told)
 
 
 def shrunk(command: AnyGrid) -> AnyGrid:

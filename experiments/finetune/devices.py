@@ -77,12 +77,6 @@ class Devices:
         """The same values, whole on every device; every process has them already."""
         return tree if self.mesh is None else jax.device_put(tree, self.replicated)
 
-    def init(self, tx: optax.GradientTransformation, params: Any) -> Any:
-        """The optimizer's first state."""
-        if self.mesh is None:
-            return tx.init(params)
-        return jax.jit(tx.init, out_shardings=self.state_shardings(tx, params))(params)
-
     def shard(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         """The global batch, of which this process has `batch`."""
         if self.mesh is None:

@@ -12,14 +12,9 @@ Where a denominator is 0 (one class only) the score is 0.
 from collections.abc import Callable, Iterable
 
 import numpy as np
+from scipy import special
 
 Batch = dict[str, np.ndarray]
-
-
-def confusion(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
-    """Counts (K, K): truth in rows, prediction in columns."""
-    flat = np.bincount(labels * num_classes + predicted, minlength=num_classes**2)
-    return flat.reshape(num_classes, num_classes).astype(np.float64)
 
 
 def _ratio(numerator, denominator) -> np.ndarray:
@@ -42,22 +37,17 @@ def matthews(counts: np.ndarray) -> float:
     return float(_ratio(covariance, np.sqrt(variances)))
 
 
-def mean_loss(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The mean of -log softmax(logits)[label]."""
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    log_normaliser = np.log(np.exp(shifted).sum(axis=-1))
-    return float(np.mean(log_normaliser - shifted[np.arange(len(labels)), labels]))
-
-
 def metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """accuracy, f1, matthews and loss of `logits` (N, C) against `labels` (N,)."""
-    logits = np.asarray(logits, np.float64)
-    counts = confusion(labels, logits.argmax(axis=-1), logits.shape[-1])
+    logits, classes = np.asarray(logits, np.float64), logits.shape[-1]
+    flat = np.bincount(labels * classes + logits.argmax(axis=-1), minlength=classes**2)
+    counts = flat.reshape(classes, classes).astype(np.float64)
+    log_likelihoods = special.log_softmax(logits, axis=-1)[np.arange(len(labels)), labels]
     return {
         "accuracy": float(np.trace(counts) / counts.sum()),
         "f1": f1(counts),
         "matthews": matthews(counts),
-        "loss": mean_loss(logits, labels),
+        "loss": float(-np.mean(log_likelihoods)),
     }
 
 

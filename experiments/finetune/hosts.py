@@ -38,11 +38,7 @@ _witness: subprocess.Popen | None = None
 
 
 def connect(command: Command) -> None:
-    """Joins the other processes, if the command is one of several, and agrees with them on it.
-
-    Raises:
-        ValueError: the processes were not given the same command, or it lacks an address.
-    """
+    """Joins the other processes, if the command is one of several, and agrees with them on it."""
     if not command.distributed:
         return
     jax.distributed.initialize(

@@ -22,30 +22,24 @@ from lorapro_jax import nnx as lora
 
 HEAD = r"head/.*"  # fresh, so that the LoRA methods train it too
 
-Optimizer = Callable[[RunConfig, optax.Schedule], optax.GradientTransformation]
-
 
 class Method(NamedTuple):
-    """How one method trains."""
+    """How one method trains: `optimizer` makes that of the adapters, or of every parameter."""
 
     adapted: bool  # adapters and the head train; otherwise every parameter does
-    optimizer: Optimizer  # of the adapters; or of every parameter
+    optimizer: Callable[[RunConfig, optax.Schedule], optax.GradientTransformation]
+
+
+def _adam(run: RunConfig) -> dict[str, float]:
+    return {"b1": run.b1, "b2": run.b2, "eps": run.eps, "weight_decay": run.weight_decay}
 
 
 def _adamw(run: RunConfig, rate: optax.Schedule) -> optax.GradientTransformation:
-    return optax.adamw(rate, b1=run.b1, b2=run.b2, eps=run.eps, weight_decay=run.weight_decay)
+    return optax.adamw(rate, **_adam(run))
 
 
 def _lorapro(run: RunConfig, rate: optax.Schedule, mode: str) -> optax.GradientTransformation:
-    return lp.lorapro_adamw(
-        rate,
-        run.scale,
-        mode=mode,
-        b1=run.b1,
-        b2=run.b2,
-        eps=run.eps,
-        weight_decay=run.weight_decay,
-    )
+    return lp.lorapro_adamw(rate, run.scale, mode=mode, **_adam(run))
 
 
 def _projected_adamw(run: RunConfig, rate: optax.Schedule) -> optax.GradientTransformation:

@@ -22,17 +22,13 @@ def noticed() -> Iterator[Callable[[int], bool]]:
         yield multihost_utils.reached_preemption_sync_point
         return
     received: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def note(number: int, frame) -> None:
         del frame
         received.append(number)
-        signal.signal(signal.SIGINT, before[signal.SIGINT])
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    for number in before:
-        signal.signal(number, note)
-    try:
+    with contextlib.ExitStack() as afterwards:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            afterwards.callback(signal.signal, number, signal.signal(number, note))
         yield lambda step: bool(received)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

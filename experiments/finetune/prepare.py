@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments.data.batching import BUCKETS, Encoded, encode, eval_batches, train_batches
+from experiments.data.batching import BUCKETS, Encoded, batches_of, encode
 from experiments.data.prompts import PROMPTS
 from experiments.data.tasks import load_task, task_named
 from experiments.finetune.config import RunConfig
@@ -53,7 +53,7 @@ def _load_data(
         examples = (split[i] for i in subset(len(split), count, seed))
         if found.text_to_text:
             examples = (PROMPTS[task].example(spec, example) for example in examples)
-        return encode(examples, tokenizer, max_length, num_labels=len(spec.labels))
+        return encode(examples, tokenizer, max_length)
 
     return Data(
         encoded(splits.train, train_examples, seed),
@@ -107,14 +107,14 @@ def build(run: RunConfig, loaded: Data, devices: Devices = ONE) -> tuple[Setup, 
         graph, params, frozen = split(model, run, rngs)
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     share |= {"buckets": lengths(run, loaded.train.lengths)}
-    batches = train_batches(loaded.train, run.batch_size, seed=run.seed, epochs=run.epochs, **share)
+    batches = batches_of(loaded.train, run.batch_size, seed=run.seed, epochs=run.epochs, **share)
     eval_batch = -(-EVAL_BATCH // devices.count) * devices.count  # every device has as many rows
     setup = Setup(
-        programs=programs_of(run, len(batches), graph, devices),
+        programs=programs_of(run.shared, len(batches), graph, devices),
         varied=devices.replicate(varied_of(run)),
         frozen=devices.place(frozen),
         batches=batches,
-        evaluation=eval_batches(loaded.validation, eval_batch, **share),
+        evaluation=batches_of(loaded.validation, eval_batch, seed=None, epochs=1, **share),
         epochs=run.epochs,
         devices=devices,
     )

@@ -116,7 +116,7 @@ class Programs:
     """
 
     def __init__(self, run: RunConfig, steps: int, graph: nnx.GraphDef, devices: Devices):
-        self.run, self.graph, self.devices = run, graph, devices
+        self.graph, self.devices = graph, devices
         self.optimizer = functools.partial(optimizer, run, steps)
         measure = diagnosis_of(run)
 
@@ -131,8 +131,12 @@ class Programs:
 
         def step(params, *rest):
             loss, grads, updates, opt_state = update(params, *rest)
-            metrics = Metrics(loss, optax.tree.norm(grads))
-            return (*self._placed(optax.apply_updates(params, updates), opt_state), metrics)
+            made = optax.apply_updates(params, updates), opt_state
+            if devices.mesh is not None:  # both are held to where they lie before the step
+                states = devices.state_shardings(self.optimizer(), params)
+                where = devices.shardings(params), states
+                made = jax.lax.with_sharding_constraint(made, where)
+            return (*made, Metrics(loss, optax.tree.norm(grads)))
 
         def diagnosis(params, *rest):
             _, grads, updates, _ = update(params, *rest)
@@ -150,25 +154,11 @@ class Programs:
 
     def init(self, params) -> Any:
         """The optimizer's first state, the same for all rates."""
-        return self.devices.init(self.optimizer(), params)
-
-    def _placed(self, params, opt_state) -> tuple:
-        """Both, held to where they lie before the step."""
+        tx = self.optimizer()
         if self.devices.mesh is None:
-            return params, opt_state
-        states = self.devices.state_shardings(self.optimizer(), params)
-        where = self.devices.shardings(params), states
-        return jax.lax.with_sharding_constraint((params, opt_state), where)
+            return tx.init(params)
+        return jax.jit(tx.init, out_shardings=self.devices.state_shardings(tx, params))(params)
 
 
-def programs_of(run: RunConfig, steps: int, graph: nnx.GraphDef, devices: Devices) -> Programs:
-    """The run's programs: those of an earlier run that it shares them with, or new ones."""
-    return _kept(run.shared, steps, graph, devices)
-
-
-_kept = functools.lru_cache(maxsize=KEPT)(Programs)
-
-
-def clear() -> None:
-    """Lets go of all programs, so that the next run compiles its own."""
-    _kept.cache_clear()
+# Called with `run.shared`: the programs of an earlier run that shares them, or new ones.
+programs_of = functools.lru_cache(maxsize=KEPT)(Programs)

@@ -1,6 +1,10 @@
-"""One run: read from its folder if it is complete, else trained to its end from where it is."""
+"""One run: read from its folder if it is complete, else trained to its end from where it is.
+
+Its result is JSON: what it was asked, and what it measured or where it diverged.
+"""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -9,17 +13,20 @@ import numpy as np
 from flax import nnx
 from rich.console import Console
 
-from experiments.finetune.checkpoint import CHECKPOINTS, Checkpoints, claim, finish, read_result
+from experiments.data.tasks import task_named
+from experiments.finetune import checkpoint
+from experiments.finetune.checkpoint import CHECKPOINTS, Checkpoints
 from experiments.finetune.config import Command, RunConfig
 from experiments.finetune.devices import Devices
 from experiments.finetune.hosts import can_go_on_from, is_first, once
 from experiments.finetune.methods import schedule
-from experiments.finetune.metrics import logged
 from experiments.finetune.prepare import Data, build, load_data
-from experiments.finetune.progress import shown
-from experiments.finetune.result import batch_ids, result_of, sizes_of
+from experiments.finetune.progress import logged, shown
 from experiments.finetune.train import DivergedError, History, Rhythm, Setup, train
+from experiments.provenance import provenance
 from experiments.storage import Path, locked
+
+CURVE_POINTS = 200  # of the loss curve in a result
 
 
 class Session(NamedTuple):
@@ -38,8 +45,8 @@ def run_or_read(run: RunConfig, session: Session, title: str) -> dict[str, Any]:
 
         def opened() -> dict | None:
             held.enter_context(locked(folder))
-            claim(folder, run)
-            return read_result(folder)
+            checkpoint.claim(folder, run)
+            return checkpoint.read_result(folder)
 
         if (result := once(opened)) is not None:
             ended = "diverged" if "diverged" in result else "complete"
@@ -65,13 +72,7 @@ def train_run(run: RunConfig, session: Session, folder: Path, title: str) -> dic
         with observed(run, session, setup, folder, title) as observe:
             try:
                 params, history = train(
-                    setup,
-                    params,
-                    saved,
-                    rhythm,
-                    observe=observe,
-                    told_to_end=session.told_to_end,
-                    profile=folder / "profile",
+                    setup, params, saved, rhythm, observe=observe, told_to_end=session.told_to_end
                 )
             except DivergedError as error:
                 params, history, diverged = None, error.history, error
@@ -81,7 +82,7 @@ def train_run(run: RunConfig, session: Session, folder: Path, title: str) -> dic
 
     def finished() -> dict[str, Any]:
         result = result_of(run, loaded, history, diverged) | about
-        finish(folder, trained, result)
+        checkpoint.finish(folder, trained, result)
         return result
 
     result = once(finished)
@@ -129,10 +130,77 @@ def replay(
 
 def named_arrays(params: nnx.State, shared_by: Devices) -> dict[str, np.ndarray]:
     """The leaves as numpy arrays under their paths, for safetensors; asked of every process."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    leaves = jax.tree.leaves_with_path(params)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    arrays = [np.ascontiguousarray(shared_by.gather(leaf)) for _, leaf in leaves]
+    return dict(zip(names, arrays, strict=True))
+
+
+def result_of(
+    run: RunConfig, loaded: Data, history: History, diverged: DivergedError | None
+) -> dict[str, Any]:
+    """What a run measured, ready for JSON; one that diverged has no final scores."""
+    if diverged is None:
+        end = {"final": {k: v for k, v in history.evaluations[-1].items() if k != "step"}}
+    else:
+        end = {"final": None, "diverged": diverged.step, "reason": str(diverged)}
+    steps_an_epoch = -(-len(loaded.train) // run.batch_size)
+    examples = len(history.losses) / steps_an_epoch * len(loaded.train)
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): np.ascontiguousarray(
-            shared_by.gather(leaf)
-        )
-        for path, leaf in leaves
+        "kind": "finetune",
+        "config": dataclasses.asdict(run),
+        "metric": task_named(run.task).metric,
+        **end,
+        "train_examples": len(loaded.train),
+        "train_examples_available": loaded.available,
+        "eval_examples": len(loaded.validation),
+        "steps": len(history.losses),
+        "examples_per_second": examples / history.seconds["train"],
+        "wall_seconds": sum(history.seconds.values()),
+        "seconds": history.seconds,
+        "step_memory_bytes": history.step_memory_bytes,
+        "evaluations": history.evaluations,
+        "diagnostics": history.diagnostics,
+        "losses": thinned(history.losses, CURVE_POINTS),
+        "provenance": provenance(),
     }
+
+
+def thinned(losses: list[float], points: int) -> list[list[float]]:
+    """[last step, mean loss] of at most `points` equal stretches."""
+    if not losses:  # it diverged at once
+        return []
+    stretches = np.array_split(np.arange(len(losses)), min(points, len(losses)))
+    return [[int(s[-1]) + 1, float(np.mean([losses[i] for i in s]))] for s in stretches]
+
+
+def sizes_of(setup: Setup, params: nnx.State) -> dict[str, int]:
+    """Parameters and bytes of what trains, of the optimizer's state and of what is frozen."""
+    state = jax.eval_shape(setup.programs.init, params)
+    trees = {"trainable_bytes": params, "optimizer_state_bytes": state}
+    return {"trainable_parameters": sum(x.size for x in jax.tree.leaves(params))} | {
+        name: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+        for name, tree in (trees | {"frozen_bytes": setup.frozen}).items()
+    }
+
+
+def batch_ids(setup: Setup, diverged: DivergedError) -> dict[str, list[int]]:
+    """The ids of the examples of the step that went wrong; nothing if that was the validation."""
+    if diverged.before == diverged.step:
+        return {}
+    batch = setup.devices.shard(setup.batches[diverged.step - 1])
+    ids = setup.devices.gather(batch["ids"]).tolist()
+    return {"batch_ids": [number for number in ids if number >= 0]}
+
+
+def divergence(result: dict[str, Any], folder: Path) -> str:
+    """What happened to a run that diverged, where to look, and what to do."""
+    record, ids = folder / checkpoint.RESULT, "the ids of the step's examples"
+    left = f"{record} has {ids}"
+    if "checkpoint" in result:  # runs trained together have none
+        left = f"{folder / result['checkpoint']} has the parameters before that, {record} {ids}"
+    return (
+        f"error: {folder.name} diverged: {result['reason']}; try lower --learning-rates, a longer "
+        f"--warmup-ratio or a smaller --clip-norm. {left}. The run is not made again: for that, "
+        f"delete {folder}"
+    )

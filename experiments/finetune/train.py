@@ -23,8 +23,8 @@ from experiments.finetune.checkpoint import Checkpoints
 from experiments.finetune.devices import ONE, Devices
 from experiments.finetune.evaluate import metrics, predict
 from experiments.finetune.programs import Compiled, Metrics, Programs, Varied
-from experiments.storage import Path
 
+PROFILE = "profile"  # folder of the traces
 AHEAD = 2  # steps dispatched before the oldest loss is read
 # Batches are cheap to make; more threads would take cores from a CPU run.
 _READ = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
@@ -55,16 +55,12 @@ class DivergedError(FloatingPointError):
 class PreemptedError(Exception):
     """The run was told to end, and has saved where it stands."""
 
-    def __init__(self, step: int, steps: int):
-        super().__init__(f"stopped after step {step} of {steps}, of which there is a checkpoint")
-
 
 class Rhythm(NamedTuple):
     """When the loop does what, in steps; 0 is never."""
 
     checkpoint_every: int = 0  # beside the last step
     evaluate_every: int = 0  # beside the end of every epoch
-    evaluate_first: bool = False
     diagnose_every: int = 0
     profile_steps: tuple[int, int] | None = None  # the first and the last that are traced
     last: int | None = None  # the step to end with; None: the run's last
@@ -130,23 +126,12 @@ def train(
     *,
     observe: Callable[[History], None] = lambda history: None,
     told_to_end: Callable[[int], bool] = lambda step: False,
-    profile: Path | None = None,
 ) -> tuple[nnx.State, History]:
     """Trains from the last checkpoint, if there is one, to the end; the last step is saved too.
 
-    Args:
-        setup: the run.
-        params: the initial trainable parameters; donated.
-        checkpoints: of the run's folder.
-        rhythm: when to save, to evaluate, to diagnose, to trace and to end.
-        observe: is called whenever something has been measured, with the history so far.
-        told_to_end: asked after every step, with its number; if so, the run saves and stops.
-        profile: the folder of the traces.
-
-    Raises:
-        DivergedError: a loss or a gradient is not finite.
-        PreemptedError: it was told to end.
-        OSError: a checkpoint could not be written.
+    The initial `params` are donated. `observe` is called whenever something has been measured,
+    `told_to_end` after every step, with its number. Traces go beside the checkpoints. Ends in a
+    DivergedError, or a PreemptedError if it was told to end.
     """
     params = setup.devices.place(params)
     arrays, history = (params, setup.programs.init(params)), History()
@@ -158,8 +143,6 @@ def train(
     total, start = len(setup.batches), len(history.losses)
     last = total if rhythm.last is None else rhythm.last
     observe(history)  # what a log holds beyond the checkpoint is void
-    if rhythm.evaluate_first and start == 0:
-        loop.evaluate(arrays[0], 0)
     with contextlib.ExitStack() as tracing:
         for done in range(start + 1, last + 1):
             batch = setup.devices.shard(next(iterator))
@@ -168,7 +151,7 @@ def train(
             first, final = rhythm.profile_steps or (0, 0)
             if done == max(first, start + 1) <= final:
                 loop.read(0)
-                tracing.enter_context(jax.profiler.trace(str(profile)))
+                tracing.enter_context(jax.profiler.trace(str(checkpoints.path.parent / PROFILE)))
             arrays = loop.step(arrays, batch, done)
             if done == final:
                 loop.read(0)
@@ -181,7 +164,8 @@ def train(
                 loop.save(checkpoints, done, arrays)
             if ending:
                 checkpoints.wait()
-                raise PreemptedError(done, total)
+                where = f"step {done} of {total}, of which there is a checkpoint"
+                raise PreemptedError(f"stopped after {where}")
     if last == 0:  # a replay that ends before the first step
         loop.save(checkpoints, 0, arrays)
     return arrays[0], history

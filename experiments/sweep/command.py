@@ -28,7 +28,7 @@ from experiments.finetune.command import checked, show, terminal
 from experiments.finetune.config import Grid, RunConfig, read, runs
 from experiments.finetune.prepare import build, load_data
 from experiments.finetune.progress import shown
-from experiments.finetune.result import batch_ids, divergence, result_of, sizes_of
+from experiments.finetune.run import batch_ids, divergence, result_of, sizes_of
 from experiments.storage import locked
 from experiments.sweep.together import join, train
 
@@ -109,8 +109,8 @@ def trained(runs: Sequence[RunConfig], command: Command, console: Console) -> li
     with shown(console, title, steps, rows) as observe:
         outcomes = train(group, params, observe)
     return [
-        result_of(run, loaded[place], *outcome)
-        | (batch_ids(group.setups[place], outcome.diverged) if outcome.diverged else {})
+        result_of(run, loaded[place], history, diverged)
+        | (batch_ids(group.setups[place], diverged) if diverged else {})
         | about
-        for run, place, outcome in zip(runs, group.of_run, outcomes, strict=True)
+        for run, place, (history, diverged) in zip(runs, group.of_run, outcomes, strict=True)
     ]

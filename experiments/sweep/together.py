@@ -52,13 +52,6 @@ class Group(NamedTuple):
     varied: Varied  # (R, ...)
 
 
-class Outcome(NamedTuple):
-    """What became of one run. The seconds are those of all runs together, up to its end."""
-
-    history: History
-    diverged: DivergedError | None
-
-
 class Vmapped:
     """The programs of one method for a number of runs.
 
@@ -67,7 +60,8 @@ class Vmapped:
     logits(params, frozen, batch) -> (B, R, C)
     """
 
-    def __init__(self, single: Programs, structure: Any):
+    def __init__(self, single: Programs, structure: Any, shape: tuple):
+        del shape  # tells groups of one method apart that need programs of their own
         axes = Frozen(None, 0)  # type: ignore[arg-type]
 
         def whole(frozen: Frozen) -> nnx.State:
@@ -105,11 +99,7 @@ def _repeated(step: Callable) -> Callable:
     return steps
 
 
-@functools.lru_cache(maxsize=1)
-def _vmapped(single: Programs, structure, *shape) -> Vmapped:
-    """Those of the group before, if it was of the same method and `shape`."""
-    del shape
-    return Vmapped(single, structure)
+_vmapped = functools.lru_cache(maxsize=1)(Vmapped)  # the group before may have been alike
 
 
 def join(
@@ -122,7 +112,7 @@ def join(
     structure = jax.tree.structure(setups[0].frozen)
     shape = len(runs), len(seeds), tuple(frozen.own)
     group = Group(
-        _vmapped(setups[0].programs, structure, *shape),
+        _vmapped(setups[0].programs, structure, shape),
         [setup._replace(frozen=None) for setup in setups],
         of_run,
         frozen,
@@ -145,14 +135,14 @@ def _by_run(leaves: Sequence[jax.Array], of_run: np.ndarray) -> jax.Array:
     return jnp.stack([leaves[place] for place in of_run])
 
 
-def train(group: Group, params: nnx.State, observe: Callable[[History], None]) -> list[Outcome]:
-    """Trains all runs to their end, with an evaluation after every epoch.
+def train(
+    group: Group, params: nnx.State, observe: Callable[[History], None]
+) -> list[tuple[History, DivergedError | None]]:
+    """Trains all runs to their end, with an evaluation after every epoch; what became of each.
 
-    Args:
-        group: the runs.
-        params: their initial parameters (R, ...); donated.
-        observe: is called whenever something has been measured, with the history of the first run
-            that has not diverged.
+    The initial `params` (R, ...) are donated. `observe` is called whenever something has been
+    measured, with the history of the first run that has not diverged. The seconds of a history are
+    those of all runs together, up to the run's end.
     """
     opt_state = jax.block_until_ready(group.programs.init(params))
     loop = _Loop(group, observe)
@@ -160,7 +150,8 @@ def train(group: Group, params: nnx.State, observe: Callable[[History], None]) -
         params, opt_state = loop.dispatch(params, opt_state, stretch, first)
         if (done := first + len(stretch)) % loop.per_epoch == 0:
             loop.evaluate(params, done)
-    return loop.outcomes()
+    loop.read(0)
+    return [(history, loop.diverged.get(n)) for n, history in enumerate(loop.histories)]
 
 
 def _stretches(setups: Sequence[Setup], most: int) -> Iterator[tuple[int, list[list[dict]]]]:
@@ -241,7 +232,8 @@ class _Loop:
         """Lets `add` (a run's number, its history) of every run; it ends a run if it diverged."""
         for number, history in enumerate(self.histories):
             if number not in self.diverged:
-                self.close(history)
+                history.seconds = dict(self.clock.seconds)
+                history.step_memory_bytes = self.memory
                 try:
                     add(number, history)
                 except DivergedError as error:
@@ -264,13 +256,3 @@ class _Loop:
                 for n in range(len(self.histories))
             ]
         self.record(lambda n, history: history.add_evaluation(done, scores[n], self.total))
-
-    def close(self, history: History) -> None:
-        """Notes what all runs have taken so far, and so by the end of this one."""
-        history.seconds = dict(self.clock.seconds)
-        history.step_memory_bytes = self.memory
-
-    def outcomes(self) -> list[Outcome]:
-        """What became of each run."""
-        self.read(0)
-        return [Outcome(h, self.diverged.get(number)) for number, h in enumerate(self.histories)]
