@@ -30,13 +30,13 @@ def inverse_cholesky(P: Float[Array, "r r"], floor: Float[Array, ""]) -> Float[A
 
 def _eliminate(P: Float[Array, "r r"], floor: Float[Array, ""]) -> Float[Array, "r r"]:
     """The same by Gaussian elimination on [P I], written out: D L'ᵀ and L'⁻¹ of P = L' D L'ᵀ."""
-    r = len(P)
-    below = jnp.tril(jnp.ones_like(P), -1)
-    rest = jnp.concatenate([P, jnp.eye(r, dtype=P.dtype)], axis=1)
+    r, eye = len(P), jnp.eye(len(P), dtype=P.dtype)
+    below, rest = jnp.tril(jnp.ones_like(P), -1), jnp.concatenate([P, eye], axis=1)
     for k in range(r - 1):
         factors = below[:, k] * rest[:, k] / jnp.maximum(rest[k, k], floor)
         rest = rest - factors[:, None] * rest[k][None]
-    return rest[:, r:] * lax.rsqrt(jnp.maximum(jnp.diagonal(rest), floor))[:, None]
+    pivots = jnp.sum(eye * rest[:, :r], axis=1)  # a gather would be a custom call on a TPU
+    return rest[:, r:] * lax.rsqrt(jnp.maximum(pivots, floor))[:, None]
 
 
 def sylvester(
