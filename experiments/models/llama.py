@@ -167,6 +167,8 @@ class Llama(nnx.Module):
         """
         length, index = tokens_BT.shape[1], 0 if cache is None else cache.index
         self.check_length(length)
+        if cache is not None and length > (room := cache.segments.shape[1]):
+            raise ValueError(f"{length} positions; the cache has {room}: make a larger one")
         if positions_BT is None:
             positions_BT = (index + jnp.arange(length))[None]
         keys_BS = segments_BT
