@@ -119,7 +119,7 @@ def test_adapters_gradients(pair):
     )
     nnx.update(ours, factors)
     given = hooked(theirs, nnx.to_pure_dict(factors)["layers"])
-    tokens, mask = batch(SIZES["vocab_size"], (17, 17))
+    tokens, _ = batch(SIZES["vocab_size"], (17, 17))
     expected = theirs(torch.tensor(tokens).long(), labels=torch.tensor(tokens).long()).loss
     expected.backward()
     loss, found = value_and_gradients(ours, jnp.asarray(tokens))
