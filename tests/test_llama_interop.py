@@ -1,17 +1,20 @@
 """Llama, Qwen2, Qwen3 and SmolLM2 beside transformers' PyTorch, which reads the same files.
 
 Random models of every family, and SmolLM2 from its GGUF, which transformers dequantises and whose
-rows it turns back by code of its own. Bounds are absolute, beside logits and gradients of some
-units; measured (transformers 5.24, torch 2.13, CPU): logits of random models within MEASURED.
+rows it turns back by code of its own. Measured in float32 on a CPU (transformers 5.24, torch 2.13):
+logits of random models within 1.2e-5 (of 6), gradients within 1.5e-6 (of 0.6); of SmolLM2 within
+1.1e-4 (of 39) and 7.5e-5 (of 4.6).
 """
 
 import os
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from test_llama_files import sentences
 
 from experiments.models import llama, llama_decode, llama_files, smollm2
 
@@ -110,24 +113,31 @@ def test_logits(pair):
 
 
 def test_adapters_gradients(pair):
-    theirs, ours = pair
+    tokens, _ = batch(SIZES["vocab_size"], (17, 17))
+    assert gradients_apart(*pair, tokens) < 1e-4
+
+
+def gradients_apart(theirs, ours, tokens):
+    """The largest difference of all adapters' gradients; the losses must agree."""
     llama.adapt(ours, RANK, SCALE * RANK, rngs=nnx.Rngs(1))
     rng = np.random.default_rng(3)
-    factors = jax.tree.map(
-        lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.1, x.dtype),
-        nnx.state(ours, nnx.LoRAParam),
-    )
+    fill = lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.1, x.dtype)  # noqa: E731
+    factors = jax.tree.map(fill, nnx.state(ours, nnx.LoRAParam))
     nnx.update(ours, factors)
     given = hooked(theirs, nnx.to_pure_dict(factors)["layers"])
-    tokens, _ = batch(SIZES["vocab_size"], (17, 17))
+    assert len(given) == 2 * 7 * ours.config.num_hidden_layers
     expected = theirs(torch.tensor(tokens).long(), labels=torch.tensor(tokens).long()).loss
     expected.backward()
     loss, found = value_and_gradients(ours, jnp.asarray(tokens))
-    assert abs(float(loss) - float(expected)) < 1e-5
+    assert abs(float(loss) - float(expected)) < 1e-5 * float(expected)
     found = nnx.to_pure_dict(found)["layers"]
-    assert len(given) == 2 * 7 * SIZES["num_hidden_layers"]
-    pairs = {key: (found[key[1]][key[2]][key[0]], x.grad.numpy()) for key, x in given.items()}
-    assert max(apart(*pair) for pair in pairs.values()) < 1e-4
+    largest = max(x.grad.abs().max() for x in given.values())
+    worst = max(
+        np.abs(found[name][factor][layer] - x.grad.numpy()).max()
+        for (layer, name, factor), x in given.items()
+    )
+    print(f"gradients apart {worst:.1e} of {largest:.1e}")
+    return worst
 
 
 @nnx.jit
@@ -192,7 +202,7 @@ def smollm():
     model = transformers.AutoModelForCausalLM.from_pretrained(
         found.file.parent, gguf_file=found.file.name, dtype=torch.float32
     )
-    return model.eval(), smollm2.load(found, scanned=True), smollm2.tokenizer(found), found
+    return model.eval(), smollm2.load(found, scanned=True), smollm2.tokenizer(found)
 
 
 QUESTIONS = ["What is the capital of France?", "Name three colours.", "Write a haiku on autumn."]
@@ -204,17 +214,17 @@ def asked(tokenizer):
 
 
 def test_smollm2s_logits(smollm):
-    theirs, ours, tokenizer, _ = smollm
+    """Some are near 40: float32 ends at 1e-4."""
+    theirs, ours, tokenizer = smollm
     tokens, mask = asked(tokenizer)
     with torch.no_grad():
         expected = their_logits(theirs, tokens, mask).numpy()
-    assert (
-        apart(our_logits(ours, jnp.asarray(tokens), jnp.asarray(mask))[mask], expected[mask]) < 1e-3
-    )
+    found = our_logits(ours, jnp.asarray(tokens), jnp.asarray(mask))
+    assert apart(found[mask], expected[mask]) < 1e-5 * np.abs(expected[mask]).max()
 
 
 def test_smollm2s_answers_token_for_token(smollm):
-    theirs, ours, tokenizer, _ = smollm
+    theirs, ours, tokenizer = smollm
     tokens, mask = asked(tokenizer)
     expected, found = generated(theirs, tokens, mask, 32), decoded(ours, tokens, mask, 32)
     for row, other in zip(found, expected, strict=True):
@@ -222,3 +232,23 @@ def test_smollm2s_answers_token_for_token(smollm):
         length = end[0] + 1 if end.size else 32
         np.testing.assert_array_equal(row[:length], other[:length])
     assert tokenizer.decode(found[0]) == "The capital of France is Paris."
+
+
+def test_smollm2s_tokenizer_is_transformers_wherever_no_digit_follows_a_space(smollm):
+    """transformers cuts by GPT-2's pattern alone; the file's "smollm" cuts digits off first."""
+    found = smollm2.opened()
+    theirs = transformers.AutoTokenizer.from_pretrained(
+        found.file.parent, gguf_file=found.file.name
+    )
+    texts = [text for text in sentences(1200) if not re.search(r"\s\d", text)][:1000]
+    assert len(texts) == 1000
+    for text in texts:
+        assert smollm[2].encode(text).ids == theirs(text).input_ids, text
+
+
+def test_smollm2s_adapters_gradients(smollm):  # the last one: it changes both models
+    """Gradients of 1e-2 to 1e1: float32 ends at 1e-4."""
+    theirs, ours, tokenizer = smollm
+    text = " ".join(sentences(12))
+    tokens = np.array([tokenizer.encode(text).ids[:64]])
+    assert gradients_apart(theirs, ours, tokens) < 1e-4

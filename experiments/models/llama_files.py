@@ -82,17 +82,21 @@ def filled(
     tensors: dict[str, np.ndarray],
     name_of: weights.TensorName,
     file: pathlib.Path,
+    *,
+    sizes: str = weights.CONFIG,
+    remedy: str = weights.REMEDY,
     **options,
 ) -> Llama:
-    """A `Llama(config, **options)` of the tensors, all accounted for."""
+    """A `Llama(config, **options)` of the tensors; the rest is as in `weights.filled`."""
     listed = nnx.eval_shape(lambda: Llama(config, **options | {"scanned": False}, rngs=nnx.Rngs(0)))
     params = weights.filled(
         nnx.state(listed, nnx.Param),
         tensors,
         name_of,
-        what="a model",
+        what="a decoder",
         file=file,
-        remedy=weights.REMEDY,
+        remedy=remedy,
+        sizes=sizes,
     )
     if options.get("scanned"):
         params = stacked(params)

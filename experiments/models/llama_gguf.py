@@ -198,7 +198,8 @@ def load(
             if ".attn_q." in name or ".attn_k." in name:
                 tensors[name] = unturned(tensor, config.head_dim)
     options = {"scanned": scanned, "remat": remat, "dtype": dtype, "param_dtype": param_dtype}
-    return llama_files.filled(config, tensors, tensor_name, found.file, **options)
+    told = {"sizes": "its metadata", "remedy": REMEDY}
+    return llama_files.filled(config, tensors, tensor_name, found.file, **told, **options)
 
 
 def chat_template(found: Gguf) -> str | None:
