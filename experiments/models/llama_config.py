@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from experiments.models import weights
+from experiments.storage import read_json
 
 # model_type -> what it implies and config.json does not say.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -97,7 +98,7 @@ class LlamaConfig:
                 size.
         """
         path = pathlib.Path(path)
-        return from_dict(weights.read_object(path), path)
+        return from_dict(read_json(path, (), "a model's configuration", weights.REMEDY), path)
 
 
 def from_dict(found: dict[str, Any], path: pathlib.Path) -> LlamaConfig:

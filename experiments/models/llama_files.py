@@ -17,7 +17,7 @@ from flax import nnx
 from experiments.models import llama_config, weights
 from experiments.models.llama import Llama
 from experiments.models.llama_config import LlamaConfig
-from experiments.storage import write_atomic
+from experiments.storage import read_json, write_atomic
 
 CHAT, CHAT_FILE = "tokenizer_config.json", "chat_template.jinja"
 
@@ -191,7 +191,7 @@ def chat_template(model: str | pathlib.Path) -> str | None:
         return file.read_text(encoding="utf-8")
     if not (file := folder / CHAT).is_file():
         return None
-    found = weights.read_object(file).get("chat_template")
+    found = read_json(file, (), "a tokenizer's settings", weights.REMEDY).get("chat_template")
     if isinstance(found, list):  # several, by name
         named = {x.get("name"): x.get("template") for x in found if isinstance(x, dict)}
         found = named.get("default")
