@@ -1,18 +1,21 @@
-"""A Llama-shaped decoder in Flax NNX, its layers stacked along one axis and scanned.
+"""Llama, Qwen2 and Qwen3 in Flax NNX: one decoder, its layers listed, or stacked and scanned.
 
     x <- x + o(attention(norm(x)));  x <- x + down(silu(gate(norm(x))) * up(norm(x)))
 
 Axes: B batch, T and S positions, D width, K key/value heads, G queries per key/value head, H width
-of a head, F width of the MLP, V vocabulary; N = K G query heads. The parameters of all layers lie
-in arrays with a leading axis L, and so do the adapters: a (L, D, r), b (L, r, F). Scanning them
-compiles one layer instead of L, and recomputing a layer in the backward pass (`jax.checkpoint`)
-keeps one (B, T, D) a layer.
+of a head, F width of the MLP, V vocabulary; N = K G query heads. Scanned, the parameters of all
+layers lie in arrays with a leading axis L, and so do the adapters: a (L, D, r), b (L, r, F); one
+layer is compiled instead of L.
 
-It is synthetic: random weights, for the shapes of the real ones. `nnx.eval_shape` of it holds no
-array at all.
+Rows may hold several texts (`segments`, from 1; 0 is padding): a position sees those of its own
+segment that are not behind it. `dtype` is that of the activations, `param_dtype` that of the
+weights; softmax, norms and logits are float32 or better whatever they are.
+
+Touvron et al., arXiv:2307.09288; Yang et al. (Qwen2, Qwen3), arXiv:2407.10671, arXiv:2505.09388.
 """
 
-import dataclasses
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,120 +23,98 @@ import optax
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from experiments.models.llama_attention import KeysValues, Rope, attend, rope, rotate, seen, written
+from experiments.models.llama_config import TINY, LlamaConfig
+from experiments.models.rows import rows_stay
 from lorapro_jax import nnx as lora
 
-ADAPTED = r"[qkvo]|gate|up|down"  # every linear of a layer
+__all__ = ["ADAPTED", "TINY", "Cache", "Llama", "LlamaConfig", "adapt", "next_token_loss"]
+
+ADAPTED = r"(.*/)?(q|k|v|o|gate|up|down)"  # every linear of a layer
 
 
-@dataclasses.dataclass(frozen=True)
-class LlamaConfig:
-    """The sizes of a decoder; the defaults are Llama 3 8B's."""
+class Cache(NamedTuple):
+    """The keys and values of the positions so far, with room for more."""
 
-    vocab_size: int = 128_256
-    width: int = 4096
-    layers: int = 32
-    heads: int = 32
-    kv_heads: int = 8
-    head_width: int = 128
-    mlp_width: int = 14_336
-    rope_theta: float = 500_000.0
-    norm_eps: float = 1e-5
-
-    def __post_init__(self):
-        if self.heads % self.kv_heads:
-            raise ValueError(
-                f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}; "
-                "every key/value head serves the same number of queries"
-            )
-        if self.head_width % 2:
-            raise ValueError(f"head_width {self.head_width} is odd; rotary positions turn halves")
+    layers: Any  # KeysValues with a leading axis L of scanned layers, else a list of L
+    segments: jax.Array  # (B, S), int32; 0 in slots that nothing reads
+    index: jax.Array  # int32, (): the slot that is written next, of every row
 
 
-TINY = LlamaConfig(
-    vocab_size=64, width=32, layers=3, heads=4, kv_heads=2, head_width=8, mlp_width=48
-)
+class _Made(NamedTuple):
+    """How the parts of one model are made."""
 
+    config: LlamaConfig
+    dtype: Any
+    param_dtype: Any
 
-def rotate(x_BTNH: jax.Array, theta: float) -> jax.Array:
-    """Rotary positions: dimensions i and i + H/2 turned by T theta^(-2i/H), in float32 at least."""
-    half, wide = x_BTNH.shape[-1] // 2, jnp.promote_types(x_BTNH.dtype, jnp.float32)
-    frequencies = theta ** (-jnp.arange(half, dtype=wide) / half)
-    positions = jnp.arange(x_BTNH.shape[1], dtype=wide)
-    angles_1T1H = (positions[:, None] * frequencies[None, :])[None, :, None, :]
-    cos, sin = jnp.cos(angles_1T1H), jnp.sin(angles_1T1H)
-    first, second = jnp.split(x_BTNH.astype(wide), 2, axis=-1)
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(turned, axis=-1).astype(x_BTNH.dtype)
+    def linear(self, d_in: int, d_out: int, bias: bool, rngs: nnx.Rngs, **options) -> nnx.Linear:
+        return nnx.Linear(d_in, d_out, use_bias=bias, **self._dtypes, **options, rngs=rngs)
 
+    def norm(self, width: int, rngs: nnx.Rngs) -> nnx.RMSNorm:
+        return nnx.RMSNorm(width, epsilon=self.config.rms_norm_eps, **self._dtypes, rngs=rngs)
 
-def attend(q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.Array:
-    """Causal grouped-query attention; the softmax in float32 or better."""
-    scale, wide = q_BTKGH.shape[-1] ** -0.5, jnp.promote_types(q_BTKGH.dtype, jnp.float32)
-    scores_BKGTS = jnp.einsum(
-        "BTKGH,BSKH->BKGTS", q_BTKGH * scale, k_BSKH, preferred_element_type=wide
-    )
-    length = q_BTKGH.shape[1]
-    seen_TS = jnp.tril(jnp.ones((length, length), bool))
-    scores_BKGTS = jnp.where(seen_TS[None, None, None], scores_BKGTS, -1e9)
-    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH)
+    def table(self, rngs: nnx.Rngs) -> nnx.Embed:
+        c = self.config
+        return nnx.Embed(c.vocab_size, c.hidden_size, **self._dtypes, rngs=rngs)
+
+    @property
+    def _dtypes(self) -> dict[str, Any]:
+        return {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
 
 class LlamaLayer(nnx.Module):
     """One block: attention, then the gated MLP."""
 
-    def __init__(self, config: LlamaConfig, *, dtype, rngs: nnx.Rngs):
-        self.config = config
+    def __init__(self, made: _Made, rngs: nnx.Rngs):
+        self.config = c = made.config
+        queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        self.attention_norm = made.norm(c.hidden_size, rngs)
+        self.q = made.linear(c.hidden_size, queries, c.attention_bias, rngs)
+        self.k = made.linear(c.hidden_size, keys, c.attention_bias, rngs)
+        self.v = made.linear(c.hidden_size, keys, c.attention_bias, rngs)
+        self.o = made.linear(queries, c.hidden_size, c.output_bias, rngs)
+        if c.head_norms:
+            self.q_norm, self.k_norm = made.norm(c.head_dim, rngs), made.norm(c.head_dim, rngs)
+        self.mlp_norm = made.norm(c.hidden_size, rngs)
+        self.gate = made.linear(c.hidden_size, c.intermediate_size, c.mlp_bias, rngs)
+        self.up = made.linear(c.hidden_size, c.intermediate_size, c.mlp_bias, rngs)
+        self.down = made.linear(c.intermediate_size, c.hidden_size, c.mlp_bias, rngs)
 
-        def linear(d_in: int, d_out: int) -> nnx.Linear:
-            return nnx.Linear(
-                d_in, d_out, use_bias=False, dtype=dtype, param_dtype=dtype, rngs=rngs
-            )
-
-        queries, keys = config.heads * config.head_width, config.kv_heads * config.head_width
-        self.attention_norm = _norm(config, dtype, rngs)
-        self.q = linear(config.width, queries)
-        self.k = linear(config.width, keys)
-        self.v = linear(config.width, keys)
-        self.o = linear(queries, config.width)
-        self.mlp_norm = _norm(config, dtype, rngs)
-        self.gate = linear(config.width, config.mlp_width)
-        self.up = linear(config.width, config.mlp_width)
-        self.down = linear(config.mlp_width, config.width)
-
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """Both halves of the block, each added to its input."""
-        x_BTD = x_BTD + self.o(self.attention(self.attention_norm(x_BTD)))
+    def __call__(
+        self, x_BTD, turns: Rope, seen_BTS, past: KeysValues | None = None, index=0
+    ) -> tuple[jax.Array, KeysValues | None]:
+        """(x after both halves of the block, `past` with x's keys and values from `index` on)."""
+        q_BTNH, new = self.queries_keys_values(self.attention_norm(x_BTD), turns)
+        read = new if past is None else KeysValues(*map(written, past, new, (index, index)))
+        grouped = *new.k.shape[:3], -1, self.config.head_dim
+        attended_BTKGH = attend(q_BTNH.reshape(grouped), read, seen_BTS)
+        x_BTD = x_BTD + self.o(attended_BTKGH.reshape(*x_BTD.shape[:2], -1))
         y_BTD = self.mlp_norm(x_BTD)
-        return x_BTD + self.down(nnx.silu(self.gate(y_BTD)) * self.up(y_BTD))
+        x_BTD = x_BTD + self.down(nnx.silu(self.gate(y_BTD)) * self.up(y_BTD))
+        return x_BTD, None if past is None else read
 
-    def attention(self, y_BTD: jax.Array) -> jax.Array:
-        """The attended values of all heads, (B, T, N H)."""
-        c, (batch, length, _) = self.config, y_BTD.shape
-        q_BTNH = self.q(y_BTD).reshape(batch, length, c.heads, c.head_width)
-        k_BSKH = self.k(y_BTD).reshape(batch, length, c.kv_heads, c.head_width)
-        v_BSKH = self.v(y_BTD).reshape(k_BSKH.shape)
-        grouped = batch, length, c.kv_heads, c.heads // c.kv_heads, c.head_width
-        q_BTKGH = rotate(q_BTNH, c.rope_theta).reshape(grouped)
-        attended_BTKGH = attend(q_BTKGH, rotate(k_BSKH, c.rope_theta), v_BSKH)
-        return attended_BTKGH.reshape(batch, length, -1)
-
-
-def _norm(config: LlamaConfig, dtype, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    return nnx.RMSNorm(
-        config.width, epsilon=config.norm_eps, dtype=dtype, param_dtype=dtype, rngs=rngs
-    )
+    def queries_keys_values(self, y_BTD: jax.Array, turns: Rope) -> tuple[jax.Array, KeysValues]:
+        """(q (B, T, N, H), keys and values), turned."""
+        heads = *y_BTD.shape[:2], -1, self.config.head_dim
+        q_BTNH, k_BTKH = self.q(y_BTD).reshape(heads), self.k(y_BTD).reshape(heads)
+        if self.config.head_norms:
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        v_BTKH = self.v(y_BTD).reshape(heads)
+        return rotate(q_BTNH, turns), KeysValues(rotate(k_BTKH, turns), v_BTKH)
 
 
 class Llama(nnx.Module):
-    """Token ids to logits: `model(tokens) -> (B, T, V)` in float32 or better.
+    """Token ids to the logits of the next ones: `model(tokens) -> (B, T, V)`.
 
     Args:
       config: the sizes.
-      rank: of the adapters on every linear layer; 0 for none. They are float32 or better.
-      alpha: the adapters' scale is alpha / rank.
-      dtype: of the frozen weights and of the activations.
-      spec: how activations (B, T, D) lie on the mesh that `jax.set_mesh` set; None without one.
+      scanned: whether the layers are one stack that a scan goes through.
+      remat: whether the backward pass computes every layer anew instead of keeping what is in it.
+      dtype: of the activations.
+      param_dtype: of the weights.
+      spec: how activations (B, T, D) lie on the mesh that `jax.set_mesh` set; by default their rows
+        stay where those of the batch are.
       rngs: draws the weights.
     """
 
@@ -141,50 +122,157 @@ class Llama(nnx.Module):
         self,
         config: LlamaConfig,
         *,
-        rank: int = 0,
-        alpha: float = 32.0,
-        dtype=jnp.bfloat16,
+        scanned: bool = False,
+        remat: bool = False,
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
         spec: PartitionSpec | None = None,
         rngs: nnx.Rngs,
     ):
-        factors = jnp.promote_types(dtype, jnp.float32)
+        made = _Made(config, dtype, param_dtype)
+        self.config, self.scanned, self.remat = config, scanned, remat
+        self.dtype, self.spec = dtype, spec
+        self.embedding = made.table(rngs)
+        if scanned:
+            stacked = nnx.split_rngs(splits=config.num_hidden_layers)(
+                nnx.vmap(LlamaLayer, in_axes=(None, 0))
+            )
+            self.layers = stacked(made, rngs)
+        else:
+            self.layers = nnx.List(LlamaLayer(made, rngs) for _ in range(config.num_hidden_layers))
+        self.norm = made.norm(config.hidden_size, rngs)
+        if not config.tie_word_embeddings:
+            wide = {"preferred_element_type": jnp.promote_types(dtype, jnp.float32)}
+            self.head = made.linear(config.hidden_size, config.vocab_size, False, rngs, **wide)
 
-        def layer(rngs: nnx.Rngs) -> LlamaLayer:
-            made = LlamaLayer(config, dtype=dtype, rngs=rngs)
-            if rank:
-                lora.add_lora(made, rank, alpha, targets=ADAPTED, dtype=factors, rngs=rngs)
-            return made
+    def __call__(self, tokens_BT, positions_BT=None, segments_BT=None) -> jax.Array:
+        """Logits (B, T, V) of the token after each position, float32 or better.
 
-        self.spec = spec
-        self.embedding = nnx.Embed(
-            config.vocab_size, config.width, dtype=dtype, param_dtype=dtype, rngs=rngs
-        )
-        stacked = nnx.split_rngs(splits=config.layers)(nnx.vmap(layer))
-        self.layers = stacked(rngs)
-        self.norm = _norm(config, dtype, rngs)
-        self.head = nnx.Linear(
-            config.width,
-            config.vocab_size,
-            use_bias=False,
-            dtype=dtype,
-            param_dtype=dtype,
-            rngs=rngs,
-        )
+        Args:
+          tokens_BT: the texts; those of a row that are shorter are padded at either end.
+          positions_BT: of the tokens in their texts, where a row holds several or is padded at its
+            start; 0, 1, 2, ... by default.
+          segments_BT: the number of the text that a token belongs to, from 1; 0 is padding. By
+            default a row is one text.
+        """
+        return self.logits(self.hidden(tokens_BT, positions_BT, segments_BT)[0])
 
-    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        """Logits of the token after each position."""
-        graph, layers = nnx.split(self.layers)
+    def hidden(
+        self, tokens_BT, positions_BT=None, segments_BT=None, cache: Cache | None = None
+    ) -> tuple[jax.Array, Cache | None]:
+        """(hidden states (B, T, D), the cache with these positions in it), arguments as above.
 
-        @jax.checkpoint
-        def layer(x_BTD, state):
-            return self._placed(nnx.merge(graph, state)(x_BTD)), None
+        Raises:
+          ValueError: the positions are more than the model's context, or than the cache has room.
+        """
+        length, index = tokens_BT.shape[1], 0 if cache is None else cache.index
+        self.check_length(length)
+        if cache is not None and length > (room := cache.segments.shape[1]):
+            raise ValueError(f"{length} positions; the cache has {room}: make a larger one")
+        if positions_BT is None:
+            positions_BT = (index + jnp.arange(length))[None]
+        keys_BS = segments_BT
+        if cache is not None:
+            if segments_BT is None:
+                segments_BT = jnp.ones_like(tokens_BT)
+            keys_BS = written(cache.segments, segments_BT, index)
+        seen_BTS = seen(length if cache is None else keys_BS.shape[1], index, segments_BT, keys_BS)
+        args = rope(self.config, positions_BT, self.dtype), seen_BTS
+        x_BTD = self._placed(self.embedding(tokens_BT))
+        x_BTD, layers = self._through(x_BTD, *args, cache and cache.layers, index)
+        return self.norm(x_BTD), cache and Cache(layers, keys_BS, index + length)
 
-        x_BTD, _ = jax.lax.scan(layer, self._placed(self.embedding(tokens_BT)), layers)
-        logits_BTV = self.head(self.norm(x_BTD))
-        return logits_BTV.astype(jnp.promote_types(logits_BTV.dtype, jnp.float32))
+    def _through(self, x_BTD, turns, seen_BTS, pasts, index):
+        """(x after all layers, their keys and values).
+
+        Layers run as functions of their parameters, so that any transformation can go around; what
+        else they hold, the counts of a dropout's keys, is given back to them.
+        """
+
+        def layer(graph, x_BTD, states):
+            params, others, past = states
+            module = nnx.merge(graph, params, others)
+            x_BTD, read = module(x_BTD, turns, seen_BTS, past, index)
+            return self._placed(x_BTD), (nnx.state(module, nnx.Not(nnx.Param)), read)
+
+        def run(module, x_BTD, past):
+            graph, *states = nnx.split(module, nnx.Param, ...)
+            call = functools.partial(layer, graph)
+            if self.remat and past is None:
+                call = jax.checkpoint(call)
+            given = x_BTD, (*states, past)
+            x_BTD, (others, read) = jax.lax.scan(call, *given) if self.scanned else call(*given)
+            nnx.update(module, others)
+            return x_BTD, read
+
+        if self.scanned:
+            return run(self.layers, x_BTD, pasts)
+        reads = []
+        for i, module in enumerate(self.layers):
+            x_BTD, read = run(module, x_BTD, pasts and pasts[i])
+            reads.append(read)
+        return x_BTD, reads
+
+    def logits(self, hidden_BTD: jax.Array) -> jax.Array:
+        """Of hidden states, (B, T, V), float32 or better."""
+        wide = jnp.promote_types(hidden_BTD.dtype, jnp.float32)
+        if not self.config.tie_word_embeddings:
+            return self.head(hidden_BTD).astype(wide)
+        table_DV = self.embedding.embedding[...].T.astype(hidden_BTD.dtype)
+        return jnp.matmul(hidden_BTD, table_DV, preferred_element_type=wide)
+
+    def empty_cache(self, batch: int, slots: int) -> Cache:
+        """A cache with room for that many positions of each row."""
+        self.check_length(slots)
+        c = self.config
+        shape = batch, slots, c.num_key_value_heads, c.head_dim
+        if self.scanned:
+            layers = KeysValues(*[jnp.zeros((c.num_hidden_layers, *shape), self.dtype)] * 2)
+        else:
+            layers = [
+                KeysValues(*[jnp.zeros(shape, self.dtype)] * 2) for _ in range(c.num_hidden_layers)
+            ]
+        return Cache(layers, jnp.zeros((batch, slots), jnp.int32), jnp.int32(0))
+
+    def check_length(self, length: int) -> None:
+        """Raises a ValueError for rows longer than the model's context."""
+        if length > (most := self.config.max_position_embeddings):
+            raise ValueError(
+                f"{length} positions; the model's context, max_position_embeddings, has {most}: "
+                "shorten the texts or ask for fewer new tokens"
+            )
 
     def _placed(self, x_BTD: jax.Array) -> jax.Array:
-        return x_BTD if self.spec is None else jax.lax.with_sharding_constraint(x_BTD, self.spec)
+        if self.spec is None:
+            return rows_stay(x_BTD)
+        return jax.lax.with_sharding_constraint(x_BTD, self.spec)
+
+
+def adapt(
+    model: Llama, rank: int = 8, alpha: float = 16.0, *, targets=ADAPTED, rngs: nnx.Rngs, **options
+) -> None:
+    """`lorapro_jax.nnx.add_lora` in place, also where the layers are stacked.
+
+    Args:
+      model: without adapters.
+      rank, alpha: as there.
+      targets: compared with the path in the model ("layers/0/q"), or in a layer ("q") if they are
+        stacked.
+      rngs: draws the factors.
+      options: as there.
+    """
+    if not model.scanned:
+        lora.add_lora(model, rank, alpha, targets=targets, rngs=rngs, **options)
+        return
+    graph, states = nnx.split(model.layers)
+
+    def adapted(state, rngs: nnx.Rngs) -> LlamaLayer:
+        layer = nnx.merge(graph, state)
+        lora.add_lora(layer, rank, alpha, targets=targets, rngs=rngs, **options)
+        return layer
+
+    stacked = nnx.split_rngs(splits=model.config.num_hidden_layers)(nnx.vmap(adapted))
+    model.layers = stacked(states, rngs)
 
 
 def next_token_loss(model: Llama, tokens_BT: jax.Array) -> jax.Array:

@@ -155,12 +155,13 @@ def filled(
     what: str,
     file: pathlib.Path,
     remedy: str,
+    sizes: str = CONFIG,
 ) -> nnx.State:
     """`state` with every leaf replaced by its tensor, in the leaf's dtype.
 
     Raises:
         ValueError: a tensor is missing, unexpected, of another shape or of integers. `what` says
-            which model the file should hold, `remedy` what to do.
+            which model the file should hold, `sizes` where its sizes are, `remedy` what to do.
     """
     flat = dict(nnx.to_flat_state(state))
     names = {path: name_of(path) for path in flat}
@@ -173,7 +174,7 @@ def filled(
             shown = ", ".join(sorted(of)[:3])
             raise ValueError(
                 f"{file}: {len(of)} tensors {problem} ({shown}); {what} of the sizes in "
-                f"config.json is expected; {remedy}"
+                f"{sizes} is expected; {remedy}"
             )
     new = {}
     for path, variable in flat.items():
@@ -187,7 +188,7 @@ def filled(
         if array.shape != variable.shape:
             stored = variable.shape[::-1] if path[-1] == "kernel" else variable.shape
             raise ValueError(
-                f"{file}: {names[path]} has shape {tensor.shape}, config.json asks for {stored}; "
+                f"{file}: {names[path]} has shape {tensor.shape}, {sizes} asks for {stored}; "
                 f"the two files belong to different models; {remedy}"
             )
         new[path] = variable.replace(jnp.asarray(array, variable.dtype))

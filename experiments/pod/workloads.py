@@ -43,7 +43,10 @@ def decoder(config: llama.LlamaConfig, batch: int, length: int, rank: int) -> Wo
     """Next-token training of a Llama-shaped stack, bf16 weights and activations."""
 
     def make():
-        return llama.Llama(config, rank=rank, alpha=SCALE * rank, spec=_ROWS, rngs=nnx.Rngs(0))
+        how = {"scanned": True, "remat": True, "spec": _ROWS, "rngs": nnx.Rngs(0)}
+        model = llama.Llama(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, **how)
+        llama.adapt(model, rank, SCALE * rank, rngs=nnx.Rngs(1))
+        return model
 
     tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
     return _workload(make, tokens, llama.next_token_loss, r"layers/.*")

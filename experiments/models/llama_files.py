@@ -1,0 +1,200 @@
+"""Llama, Qwen2 and Qwen3 as Hugging Face keeps them: a folder's config, tensors, tokenizer, chat.
+
+A model is config.json; model.safetensors, or its shards and their index; tokenizer.json; and for
+chats tokenizer_config.json or chat_template.jinja.
+"""
+
+import json
+import pathlib
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+import tokenizers
+from flax import nnx
+
+from experiments.models import llama_config, weights
+from experiments.models.llama import Llama
+from experiments.models.llama_config import LlamaConfig
+from experiments.storage import read_json, write_atomic
+
+CHAT, CHAT_FILE = "tokenizer_config.json", "chat_template.jinja"
+
+# Our module -> Hugging Face's, in the model and in a layer.
+_MODEL = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+_LAYER = {
+    "attention_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+    **{name: f"self_attn.{name}_proj" for name in "qkvo"},
+    **{name: f"self_attn.{name}" for name in ("q_norm", "k_norm")},
+    **{name: f"mlp.{name}_proj" for name in ("gate", "up", "down")},
+}
+
+
+def tensor_name(path: tuple) -> str:
+    """Hugging Face's name of a leaf, ("layers", 0, "q", "kernel") for one."""
+    *module, leaf = path
+    kind = "bias" if leaf == "bias" else "weight"
+    if module[0] != "layers":
+        return f"{_MODEL[module[0]]}.{kind}"
+    return f"model.layers.{module[1]}.{_LAYER[module[2]]}.{kind}"
+
+
+def load(
+    model: str | pathlib.Path,
+    *,
+    scanned: bool = False,
+    remat: bool = False,
+    dtype=jnp.float32,
+    param_dtype=jnp.float32,
+) -> Llama:
+    """The pretrained model of a folder, or of NAME@COMMIT on the Hugging Face hub.
+
+    `scanned`, `remat`, `dtype` and `param_dtype` are `Llama`'s.
+
+    Raises:
+        FileNotFoundError: there is no such folder or name, or a file is missing.
+        ValueError: a file is damaged, of another architecture, or does not fit the config.
+    """
+    folder = weights.folder_of(model)
+    config = LlamaConfig.from_json(weights.there(folder, weights.CONFIG))
+    file, tensors = weights.tensors_of(folder)
+    # Older files hold the rotations' frequencies; a tied head may be there as a copy.
+    tensors = {k: v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")}
+    if config.tie_word_embeddings:
+        _drop_copy(tensors, file)
+    options = {"scanned": scanned, "remat": remat, "dtype": dtype, "param_dtype": param_dtype}
+    return filled(config, tensors, tensor_name, file, **options)
+
+
+def _drop_copy(tensors: dict[str, np.ndarray], file: pathlib.Path) -> None:
+    head = tensors.pop("lm_head.weight", None)
+    if head is not None and not np.array_equal(head, tensors.get("model.embed_tokens.weight")):
+        raise ValueError(
+            f"{file}: lm_head.weight is not model.embed_tokens.weight, though config.json says "
+            f"that they are tied; {weights.REMEDY}"
+        )
+
+
+def filled(
+    config: LlamaConfig,
+    tensors: dict[str, np.ndarray],
+    name_of: weights.TensorName,
+    file: pathlib.Path,
+    *,
+    sizes: str = weights.CONFIG,
+    remedy: str = weights.REMEDY,
+    **options,
+) -> Llama:
+    """A `Llama(config, **options)` of the tensors; the rest is as in `weights.filled`."""
+    listed = nnx.eval_shape(lambda: Llama(config, **options | {"scanned": False}, rngs=nnx.Rngs(0)))
+    params = weights.filled(
+        nnx.state(listed, nnx.Param),
+        tensors,
+        name_of,
+        what="a decoder",
+        file=file,
+        remedy=remedy,
+        sizes=sizes,
+    )
+    if options.get("scanned"):
+        params = stacked(params)
+    graph = nnx.graphdef(nnx.eval_shape(lambda: Llama(config, **options, rngs=nnx.Rngs(0))))
+    return nnx.merge(graph, params)
+
+
+def stacked(params: nnx.State) -> nnx.State:
+    """The parameters of listed layers as those of scanned ones: one array, leading axis L."""
+    new: dict[tuple, Any] = {}
+    for path, variable in nnx.to_flat_state(params):
+        if path[0] == "layers":
+            path = "layers", *path[2:]
+        new.setdefault(path, []).append(variable)
+    return nnx.from_flat_state(
+        {
+            path: v[0].replace(jnp.stack([x[...] for x in v])) if path[0] == "layers" else v[0]
+            for path, v in new.items()
+        }
+    )
+
+
+def listed(params: nnx.State) -> nnx.State:
+    """The parameters of scanned layers as those of listed ones."""
+    new = {}
+    for path, variable in nnx.to_flat_state(params):
+        if path[0] != "layers":
+            new[path] = variable
+            continue
+        for i, array in enumerate(variable[...]):
+            new["layers", i, *path[1:]] = variable.replace(array)
+    return nnx.from_flat_state(new)
+
+
+def save(
+    model: Llama,
+    folder: str | pathlib.Path,
+    tokenizer: tokenizers.Tokenizer | None = None,
+    chat: str | None = None,
+) -> None:
+    """Writes config.json, model.safetensors, tokenizer.json and the chat template, for `load`.
+
+    transformers reads them too.
+
+    Raises:
+        ValueError: the model has adapters; merge them first (`lorapro_jax.nnx.merge_lora`).
+    """
+    if nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)):
+        raise ValueError(
+            "the model has adapters, which a model's file has no place for; merge_lora it"
+        )
+    folder, params = pathlib.Path(folder), nnx.state(model, nnx.Param)
+    tensors = weights.named(listed(params) if model.scanned else params, tensor_name)
+    files = {weights.WEIGHTS: safetensors.numpy.save(tensors, metadata={"format": "pt"})}
+    if tokenizer is not None:
+        files[weights.TOKENIZER] = tokenizer.to_str(pretty=True).encode()
+    if chat is not None:
+        files[CHAT_FILE] = chat.encode()
+    config = json.dumps(llama_config.to_dict(model.config), indent=2) + "\n"
+    for name, content in (files | {weights.CONFIG: config.encode()}).items():
+        write_atomic(folder / name, content, "the model")
+
+
+def tokenizer(model: str | pathlib.Path) -> tokenizers.Tokenizer:
+    """The tokenizer of a folder or name.
+
+    Raises:
+        FileNotFoundError: there is no such folder or name, or it has no tokenizer.json.
+        ValueError: the file is damaged, or does not fit the config.
+    """
+    folder = weights.folder_of(model)
+    loaded = weights.read_tokenizer(file := weights.there(folder, weights.TOKENIZER))
+    config = LlamaConfig.from_json(weights.there(folder, weights.CONFIG))
+    check_fits(loaded, config, file)
+    return loaded
+
+
+def check_fits(loaded: tokenizers.Tokenizer, config: LlamaConfig, file: pathlib.Path) -> None:
+    """Raises a ValueError if the tokenizer has a token that the model's embedding has not."""
+    most = max(loaded.get_vocab().values(), default=-1)
+    if not 0 <= most < config.vocab_size:
+        raise ValueError(
+            f"{file} has tokens up to {most}; the model has {config.vocab_size} (vocab_size): they "
+            f"belong to different models; {weights.REMEDY}"
+        )
+
+
+def chat_template(model: str | pathlib.Path) -> str | None:
+    """The Jinja template of a folder's or name's chats; None if it has none."""
+    folder = weights.folder_of(model)
+    if (file := folder / CHAT_FILE).is_file():
+        return file.read_text(encoding="utf-8")
+    if not (file := folder / CHAT).is_file():
+        return None
+    found = read_json(file, (), "a tokenizer's settings", weights.REMEDY).get("chat_template")
+    if isinstance(found, list):  # several, by name
+        named = {x.get("name"): x.get("template") for x in found if isinstance(x, dict)}
+        found = named.get("default")
+    if not isinstance(found, str | None):
+        raise ValueError(f"{file}: chat_template is {found!r:.40}; expected a Jinja template")
+    return found

