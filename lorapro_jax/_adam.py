@@ -231,7 +231,7 @@ def direction_rule(mode: str, numbers: Numbers) -> Rule:
     return factored_rule(numbers) if mode == "factored" else full_rule(numbers)
 
 
-def at(value: Any, count: Any) -> Any:
+def scheduled(value: Any, count: Any) -> Any:
     """A number, or that of a schedule."""
     return value(count) if callable(value) else value
 
@@ -240,7 +240,7 @@ def rate_rule(learning_rate: optax.ScalarOrSchedule) -> Rule:
     """`optax.scale_by_learning_rate` for stacked pairs."""
 
     def update(p: Factors, step: Step, state: tuple, count: Array):
-        rate = jnp.asarray(at(learning_rate, count - 1), p.a.dtype)
+        rate = jnp.asarray(scheduled(learning_rate, count - 1), p.a.dtype)
         return (-rate * step[0], -rate * step[1]), state
 
     return Rule(update)
@@ -310,7 +310,7 @@ def lorapro_adamw(
 
     def decay(share: float) -> optax.GradientTransformation:
         return optax.add_decayed_weights(
-            lambda count: -share * at(learning_rate, count) * at(weight_decay, count), mask
+            lambda n: -share * scheduled(learning_rate, n) * scheduled(weight_decay, n), mask
         )
 
     return optax.chain(
