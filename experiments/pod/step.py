@@ -22,7 +22,7 @@ from experiments.pod.workloads import SCALE, Tree, Workload
 
 MODES = ("factored", "full", "lora")  # LoRA-Pro's, and AdamW on the factors
 # Kernels whose inputs are split over `tensor`: they follow one whose outputs are.
-_ROW_PARALLEL = re.compile(r"(.*/)?(o|out|down|wo)/(kernel|lora_[ab])")
+_ROW_PARALLEL = re.compile(r"(.*/)?(o|down)/(kernel|lora_[ab])")
 
 
 class Step(NamedTuple):
