@@ -3,21 +3,38 @@
 import os
 
 from experiments.checks import one_of
-from experiments.data import glue, pydoc
+from experiments.data import docstrings, e2e, glue, gsm8k, jsonl, pydoc
+from experiments.data.language import LanguageTask
 from experiments.data.task import Splits, Task
 
 TASKS: dict[str, Task] = {task.name: task for task in (pydoc.TASK, *glue.TASKS)}
+LANGUAGE: dict[str, LanguageTask] = {
+    task.name: task for task in (docstrings.TASK, e2e.TASK, gsm8k.TASK, jsonl.TASK)
+}
 
 
-def task_named(name: str) -> Task:
+def task_named(name: str) -> Task | LanguageTask:
     """The named task; a ValueError with the near misses if there is none of that name."""
-    return TASKS[one_of("task", name, TASKS)]
+    known = TASKS | LANGUAGE
+    return known[one_of("task", name, known)]
 
 
 def load_task(name: str, *, data_dir: str | os.PathLike | None = None, seed: int = 0) -> Splits:
-    """The splits of the named task: pydoc's drawn by `seed`, GLUE's from `data_dir`.
+    """The splits of the named task: of examples, or of a language task's exchanges.
 
-    Without `data_dir`, GLUE lies in TFDS's own folder, and is downloaded if it is not there.
+    Args:
+        name: of the task.
+        data_dir: GLUE's, e2e's or gsm8k's folder; data's file. Without it, GLUE lies in TFDS's own
+            folder, and is downloaded if it is not there.
+        seed: draws pydoc and docstrings, and the rows of data that validate.
     """
     task = task_named(name)
-    return pydoc.load(seed) if task is pydoc.TASK else glue.load(task, data_dir)
+    if task in (pydoc.TASK, docstrings.TASK):
+        return (pydoc if task is pydoc.TASK else docstrings).load(seed)
+    if task is jsonl.TASK:
+        if data_dir is None:
+            raise ValueError("the task data is a file of yours: name it with --data FILE")
+        return jsonl.load(data_dir, seed=seed)
+    if task in (e2e.TASK, gsm8k.TASK):
+        return (e2e if task is e2e.TASK else gsm8k).load(data_dir)
+    return glue.load(task, data_dir)
