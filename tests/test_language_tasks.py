@@ -334,7 +334,7 @@ def test_own_data_in_both_forms_with_a_validation_file(tmp_path):
 
 def test_a_tenth_of_own_data_is_held_out_and_a_prompt_stays_on_one_side(tmp_path):
     file = write(tmp_path / "my.jsonl", *(pair(str(i // 2), str(i)) for i in range(60)))
-    splits = load_task("data", data_dir=file, seed=1)
+    splits = load_task("data", files=[file], seed=1)
     prompts = [{conversation[0] for conversation in said(split)} for split in splits]
     assert tuple(map(len, splits)) == (54, 6)
     assert not prompts[0] & prompts[1]

@@ -60,6 +60,9 @@ def train_run(run: RunConfig, session: Session, folder: Path, title: str) -> dic
     """Trains one run and leaves its folder complete, also if it diverges."""
     command, shared_by = session.command, session.devices
     loaded = load_data(run, command.data_dir)
+    if loaded.left_out:
+        told = f"{title}: {loaded.left_out:,} examples are longer than {run.max_length} tokens"
+        session.console.print(f"{told}, and left out (--max-length)", soft_wrap=True)
     setup, params = build(run, loaded, shared_by)
     about, diverged = sizes_of(setup, params) | {"devices": shared_by.count}, None
     rhythm = Rhythm(**{name: getattr(command, name) for name in Rhythm._fields if name != "last"})
@@ -159,11 +162,22 @@ def result_of(
         "wall_seconds": sum(history.seconds.values()),
         "seconds": history.seconds,
         "step_memory_bytes": history.step_memory_bytes,
+        "left_out": loaded.left_out,
         "evaluations": history.evaluations,
         "diagnostics": history.diagnostics,
         "losses": thinned(history.losses, CURVE_POINTS),
+        "samples": samples_of(loaded, history),
         "provenance": provenance(),
     }
+
+
+def samples_of(loaded: Data, history: History) -> list[dict[str, str]]:
+    """The prompts of a language model, with its answers before and after."""
+    return [
+        {"prompt": prompt.text, "reference": prompt.references[0]}
+        | {when: answers[i] for when, answers in history.answers.items()}
+        for i, prompt in enumerate(loaded.prompts)
+    ]
 
 
 def thinned(losses: list[float], points: int) -> list[list[float]]:

@@ -1,10 +1,7 @@
-"""Greedy decoding of a Llama, one token a step, with the keys and values of the past kept.
+"""The texts that a Llama writes after prompts, by greedy or beam search."""
 
-Rows of different lengths are padded at their start; the cache has one slot a column, and a
-position is counted in its own row. The loop ends when every row has ended.
-"""
-
-import functools
+import dataclasses
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,73 +12,78 @@ import tokenizers
 from flax import nnx
 
 from experiments.models.llama import Cache, Llama
+from experiments.models.llama_beam import beam
+from experiments.models.llama_rows import Rows, filled, full, start, without_repeats
 
 MULTIPLE = 32  # prompts are padded to one of its multiples: few shapes, few programs
 
 
-class _Loop(NamedTuple):
-    step: jax.Array  # (), that is decoded next
-    token: jax.Array  # (B, 1), the last one
-    position: jax.Array  # (B, 1), its
-    ended: jax.Array  # (B,), rows that have had an end
-    cache: Cache
-    decoded: jax.Array  # (B, steps)
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How texts are written.
+
+    Raises:
+      ValueError: a number is too small, or the penalty is not finite.
+    """
+
+    max_new_tokens: int
+    beams: int = 1  # 1 is greedy search
+    length_penalty: float = 1.0  # of the scores of `llama_beam`, which greedy search does not have
+    no_repeat_ngram: int = 0  # n, if no n tokens of prompt and text may follow each other twice
+
+    def __post_init__(self):
+        for name, least in (("max_new_tokens", 1), ("beams", 1), ("no_repeat_ngram", 0)):
+            if (found := getattr(self, name)) < least:
+                raise ValueError(f"{name} is {found}; expected at least {least}")
+        if not math.isfinite(self.length_penalty):
+            raise ValueError(f"length_penalty is {self.length_penalty}; expected a finite number")
 
 
-def greedy(model: Llama, tokens_BT: jax.Array, mask_BT: jax.Array, steps: int) -> jax.Array:
-    """The most likely token at each step, (B, steps), int32.
+def decode(model: Llama, tokens_BT: jax.Array, mask_BT: jax.Array, decoding: Decoding) -> jax.Array:
+    """The tokens after each prompt, (B, max_new_tokens), int32.
 
-    A row ends with one of the config's end tokens, which is then repeated.
+    A text ends with one of the config's end tokens, which is then repeated.
 
     Args:
       model: adapters included if it has any.
-      tokens_BT: the prompts.
+      tokens_BT: the prompts, padded at their start.
       mask_BT: which of it are tokens; at least the last column.
-      steps: at most; at least 1.
+      decoding: static under `jax.jit`.
 
     Raises:
-      ValueError: steps is below 1, or prompt and steps are more than the model's context.
+      ValueError: prompt and new tokens are more than the model's context, or the beams'
+        candidates more than its vocabulary.
     """
-    if steps < 1:
-        raise ValueError(f"steps is {steps}; decode at least 1 token")
-    batch, length = tokens_BT.shape
-    graph, state = nnx.split(model)  # merged again where it runs: in the loop, and before it
+    options = dataclasses.asdict(decoding)
+    given = model, tokens_BT, mask_BT, options.pop("max_new_tokens")
+    if decoding.beams > 1:
+        return beam(*given, **options)
+    return greedy(*given, no_repeat_ngram=decoding.no_repeat_ngram)
+
+
+class _Loop(NamedTuple):
+    rows: Rows
+    ended: jax.Array  # (B,), rows that have had an end
+
+
+def greedy(
+    model: Llama, tokens_BT: jax.Array, mask_BT: jax.Array, steps: int, *, no_repeat_ngram: int = 0
+) -> jax.Array:
+    """The most likely token at each step, (B, steps), int32; arguments as of `decode`."""
     ends = jnp.array(model.config.eos_token_ids, jnp.int32)
 
-    def advanced(tokens_BT, positions_BT, segments_BT, cache) -> tuple[jax.Array, Cache]:
-        model = nnx.merge(graph, state)
-        hidden_BTD, cache = model.hidden(tokens_BT, positions_BT, segments_BT, cache)
-        likeliest_B1 = jnp.argmax(model.logits(hidden_BTD[:, -1:]), axis=-1).astype(jnp.int32)
-        return likeliest_B1, cache
+    def step(loop: _Loop, logits_BV: jax.Array, cache: Cache) -> _Loop:
+        tokens_BS, column, _ = loop.rows
+        likeliest_B = jnp.argmax(without_repeats(logits_BV, loop.rows, no_repeat_ngram), axis=-1)
+        next_B = jnp.where(loop.ended, tokens_BS[:, -1], likeliest_B)
+        rows = Rows(filled(tokens_BS, column, next_B), column + 1, cache)
+        return _Loop(rows, loop.ended | jnp.isin(next_B, ends))
 
-    def goes_on(loop: _Loop) -> jax.Array:
-        return (loop.step < steps) & ~jnp.all(loop.ended)
-
-    def step(loop: _Loop) -> _Loop:
-        return after(
-            loop, *advanced(loop.token, loop.position, jnp.ones_like(loop.token), loop.cache)
-        )
-
-    def after(loop: _Loop, next_B1, cache: Cache) -> _Loop:
-        next_B1 = jnp.where(loop.ended[:, None], loop.token, next_B1)
-        # The columns behind are overwritten by later steps; after the last one the end repeats.
-        written = jnp.arange(steps)[None, :] >= loop.step
-        decoded_BT = jnp.where(written, next_B1, loop.decoded)
-        ended_B = loop.ended | jnp.isin(next_B1[:, 0], ends)
-        return _Loop(loop.step + 1, next_B1, loop.position + 1, ended_B, cache, decoded_BT)
-
-    segments_BT = mask_BT.astype(jnp.int32)
-    positions_BT = jnp.maximum(jnp.cumsum(segments_BT, axis=1) - 1, 0)
-    start = _Loop(
-        step=jnp.int32(0),
-        token=tokens_BT[:, -1:].astype(jnp.int32),
-        position=positions_BT[:, -1:],
-        ended=jnp.zeros(batch, bool),
-        cache=model.empty_cache(batch, length + steps),
-        decoded=jnp.zeros((batch, steps), jnp.int32),
-    )
-    first = advanced(tokens_BT, positions_BT, segments_BT, start.cache)
-    return jax.lax.while_loop(goes_on, step, after(start, *first)).decoded
+    logits_BV, rows, run_on = start(model, tokens_BT, mask_BT, steps)
+    loop = step(_Loop(rows, jnp.zeros(len(tokens_BT), bool)), logits_BV, rows.cache)
+    goes_on = lambda loop: ~jnp.all(loop.ended) & ~full(loop.rows)  # noqa: E731
+    loop = jax.lax.while_loop(goes_on, lambda loop: step(loop, *run_on(loop.rows)), loop)
+    return loop.rows.tokens[:, tokens_BT.shape[1] :]
 
 
 def padded(
@@ -104,24 +106,22 @@ def padded(
     return tokens_BT, mask_BT
 
 
-@functools.partial(nnx.jit, static_argnames="steps")
-def _greedy(model, tokens_BT, mask_BT, steps):
-    return greedy(model, tokens_BT, mask_BT, steps)
+_decode = nnx.jit(decode, static_argnames="decoding")
 
 
 def complete(
-    model: Llama, tokenizer: tokenizers.Tokenizer, prompts: Sequence[str], steps: int
+    model: Llama, tokenizer: tokenizers.Tokenizer, prompts: Sequence[str], decoding: Decoding
 ) -> list[str]:
-    """What the model writes after each prompt, up to its end or `steps` tokens.
+    """What the model writes after each prompt, up to its end or the last new token.
 
     Raises:
       ValueError: a prompt is empty, or longer than the context leaves room for.
     """
     rows = [encoded.ids for encoded in tokenizer.encode_batch(list(prompts))]
-    tokens_BT, mask_BT = padded(rows, most=model.config.max_position_embeddings - steps)
-    decoded_BT = np.asarray(_greedy(model, jnp.asarray(tokens_BT), jnp.asarray(mask_BT), steps))
+    room = model.config.max_position_embeddings - decoding.max_new_tokens
+    tokens_BT, mask_BT = map(jnp.asarray, padded(rows, most=room))
     texts = []
-    for row in decoded_BT:
+    for row in np.asarray(_decode(model, tokens_BT, mask_BT, decoding)):
         ended = np.flatnonzero(np.isin(row, model.config.eos_token_ids))
         texts.append(tokenizer.decode(row[: ended[0]] if ended.size else row))
     return texts
