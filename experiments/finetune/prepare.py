@@ -89,10 +89,10 @@ def _exchanges(run: RunConfig, train: Sequence[Exchange], validation: Sequence[E
             "positions; shorten it"
         )
     made = [encode_exchanges(rows, dialect, run.max_length) for rows in (train, validation)]
-    new = run.max_new_tokens or task.max_new_tokens
-    prompts = prompts_of(
-        validation, dialect, run.answers, min(run.max_length, dialect.context - new)
-    )
+    prompts: list[Prompt] = []
+    if (decoding := decoding_of(run)) is not None:
+        room = min(run.max_length, dialect.context - decoding.max_new_tokens)
+        prompts = prompts_of(validation, dialect, run.answers, room)
     left_out = len(train) + len(validation) - sum(map(len, made))
     return *made, left_out, prompts
 
