@@ -44,7 +44,8 @@ def tiny(out, **flags) -> list[str]:
 
 
 def run_config(**changes) -> RunConfig:
-    given = {"model": "tiny", "method": "lora", "learning_rate": 1e-3, "seed": 0, "epochs": 1}
+    given = {"model": "tiny", "task": "pydoc", "method": "lora", "learning_rate": 1e-3}
+    given |= {"seed": 0, "epochs": 1}
     sizes = {"max_length": 16, "batch_size": 8, "train_examples": 64, "eval_examples": 20}
     return RunConfig(**given | sizes | changes)
 

@@ -117,6 +117,12 @@ def decoding_of(run: RunConfig) -> Decoding | None:
     )
 
 
+def headline(run: RunConfig) -> str:
+    """The score that stands for a run: the task's, or the loss of a model that is not asked."""
+    asked = model_named(run.model).kind != "decoder" or run.answers
+    return task_named(run.task).metric if asked else "loss"
+
+
 def loss_scores(outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Loss per learnt token and its exponential, of `LanguageModel`'s outputs (N, 2)."""
     del labels

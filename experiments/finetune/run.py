@@ -13,12 +13,12 @@ import numpy as np
 from flax import nnx
 from rich.console import Console
 
-from experiments.data.tasks import task_named
 from experiments.finetune import checkpoint
 from experiments.finetune.checkpoint import CHECKPOINTS, Checkpoints
 from experiments.finetune.config import Command, RunConfig
 from experiments.finetune.devices import Devices
 from experiments.finetune.hosts import can_go_on_from, is_first, once
+from experiments.finetune.language import headline
 from experiments.finetune.methods import schedule
 from experiments.finetune.prepare import Data, build, load_data
 from experiments.finetune.progress import logged, shown
@@ -152,7 +152,7 @@ def result_of(
     return {
         "kind": "finetune",
         "config": dataclasses.asdict(run),
-        "metric": task_named(run.task).metric,
+        "metric": headline(run),
         **end,
         "train_examples": len(loaded.train),
         "train_examples_available": loaded.available,
