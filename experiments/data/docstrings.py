@@ -102,12 +102,20 @@ def _functions(path: pathlib.Path) -> Iterator[tuple[str, str]]:
     except (SyntaxError, ValueError):  # a template, or an encoding that this Python has not
         return
     lines = text.split("\n")  # as ast counts them: splitlines also cuts at a form feed
-    documented = [node for node in ast.walk(tree) if _has_docstring(node)]
+    documented = [node for node in _statements(tree) if _has_docstring(node)]
     for node in documented:
         summary = None if isinstance(node, ast.ClassDef) else _summary(node)
         source = _source(node, documented, lines) if summary else None
         if source:
             yield source, summary
+
+
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    """Every statement inside, however deep: ast.walk would go through the expressions, too."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.stmt | ast.excepthandler | ast.match_case):
+            yield child
+            yield from _statements(child)
 
 
 def _has_docstring(node: ast.AST) -> bool:

@@ -21,9 +21,9 @@ _ANY = re.compile(_NUMBER)
 
 def bleu(answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
     """Corpus BLEU with all references of every answer; a prompt may have more than another."""
+    _check(answers, references)
     import sacrebleu  # only where there are answers
 
-    _check(answers, references)
     # `force` keeps it from warning that the answers look like tokens with spaces between.
     found = sacrebleu.corpus_bleu(list(answers), _by_position(references), force=True)
     return {"bleu": found.score}
@@ -31,9 +31,9 @@ def bleu(answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict[st
 
 def chrf(answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
     """Corpus chrF; of several references, each answer's nearest counts."""
+    _check(answers, references)
     import sacrebleu
 
-    _check(answers, references)
     return {"chrf": sacrebleu.corpus_chrf(list(answers), _by_position(references)).score}
 
 
