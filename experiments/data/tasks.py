@@ -43,6 +43,8 @@ def load_task(
     if task in (pydoc.TASK, docstrings.TASK):
         return (pydoc if task is pydoc.TASK else docstrings).load(seed)
     if task is jsonl.TASK:
+        if not files:
+            raise ValueError("the task data is a file of yours: name it with --data FILE")
         return jsonl.load(*files, seed=seed)
     if task in (e2e.TASK, gsm8k.TASK):
         return (e2e if task is e2e.TASK else gsm8k).load(data_dir)
