@@ -108,6 +108,11 @@ def test_the_loss_is_the_cross_entropy_of_the_learnt_tokens(length):
                 counts[r] += 1
     found = np.asarray(nnx.jit(model)(tokens, mask, segments))
     np.testing.assert_allclose(found, np.stack([sums, counts], axis=1), rtol=2e-5, atol=1e-5)
+    model.label_smoothing = 0.25
+    losses, weights = map(np.asarray, nnx.jit(LanguageModel.losses)(model, tokens, mask, segments))
+    smoothed = np.full((257, 257), 0.25 / 257) + 0.75 * np.eye(257)
+    expected = -np.sum(smoothed[np.roll(tokens, -1, axis=1)] * logs, axis=-1)
+    np.testing.assert_allclose(losses * weights, expected * weights, rtol=2e-5, atol=1e-5)
     scores = language.loss_scores(found, np.zeros(3))
     assert scores["loss"] == pytest.approx(sums.sum() / counts.sum(), rel=2e-5)
     assert scores["perplexity"] == pytest.approx(np.exp(scores["loss"]))
@@ -246,6 +251,7 @@ def test_a_file_of_ones_own_is_learnt_and_belongs_to_the_run(capsys, tmp_path):
         (["--max-length", "5000"], "more than the model's context, 1024 positions"),
         (["--max-length", "8"], "examples have more than --max-length 8 tokens"),
         (["--targets", "nothing"], "targets"),
+        (["--model", "tiny", "--label-smoothing", "0.1"], "tiny is none"),
     ],
 )
 def test_what_does_not_fit_is_told_in_a_line(capsys, tmp_path, given, message):

@@ -135,9 +135,10 @@ def lengths(run: RunConfig, tokens: np.ndarray) -> tuple[int, ...]:
 
 def build(run: RunConfig, loaded: Data, devices: Devices = ONE) -> tuple[Setup, nnx.State]:
     """The run's setup and initial trainable parameters, all from its configuration."""
+    spec, questions = model_named(run.model), None
     with devices.loading():
         rngs = nnx.Rngs(run.seed)
-        model = model_named(run.model).load(
+        model = spec.load(
             task_named(run.task),
             run.weights,
             rngs=rngs,
@@ -145,9 +146,10 @@ def build(run: RunConfig, loaded: Data, devices: Devices = ONE) -> tuple[Setup, 
             dtype=jnp.dtype(run.dtype),
             remat=run.remat,
         )
+        if decoder := spec.kind == "decoder":
+            model.label_smoothing = run.label_smoothing
         graph, params, frozen = split(model, run, rngs)
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    decoder, questions = model_named(run.model).kind == "decoder", None
     if loaded.prompts:
         about = dialect_of(run), task_named(run.task), decoding_of(run)
         questions = questions_of(loaded.prompts, *about, devices.count, **share)

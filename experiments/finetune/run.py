@@ -104,7 +104,7 @@ def observed(
         yield lambda history: None
         return
     steps = len(setup.batches)
-    rates = np.asarray(schedule(run.learning_rate, run.warmup_ratio, steps)(np.arange(steps)))
+    rates = np.asarray(schedule(run, run.learning_rate, steps)(np.arange(steps)))
     with (
         shown(session.console, title, steps, run.batch_size) as show,
         logged(folder, rates, tensorboard=session.command.tensorboard) as log,
