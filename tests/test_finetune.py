@@ -44,7 +44,8 @@ def tiny(out, **flags) -> list[str]:
 
 
 def run_config(**changes) -> RunConfig:
-    given = {"model": "tiny", "method": "lora", "learning_rate": 1e-3, "seed": 0, "epochs": 1}
+    given = {"model": "tiny", "task": "pydoc", "method": "lora", "learning_rate": 1e-3}
+    given |= {"seed": 0, "epochs": 1}
     sizes = {"max_length": 16, "batch_size": 8, "train_examples": 64, "eval_examples": 20}
     return RunConfig(**given | sizes | changes)
 
@@ -286,7 +287,7 @@ def test_a_command_stands_for_the_grid_of_its_lists():
 
 
 def test_the_rate_warms_up_and_falls_to_zero_along_a_cosine():
-    rate = methods.schedule(1e-3, 0.03, 200)
+    rate = methods.schedule(run_config(warmup_ratio=0.03), 1e-3, 200)
     got = np.array([rate(step) for step in range(201)])
     warm = 6
     expected = [
@@ -296,7 +297,7 @@ def test_the_rate_warms_up_and_falls_to_zero_along_a_cosine():
         for step in range(201)
     ]
     np.testing.assert_allclose(got, expected, atol=1e-9)
-    assert np.isfinite(methods.schedule(1e-3, 0.03, 1)(0))  # a run of one step
+    assert np.isfinite(methods.schedule(run_config(), 1e-3, 1)(0))  # a run of one step
 
 
 def _products(jaxpr) -> set[tuple]:

@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import grain
 import numpy as np
@@ -18,7 +18,7 @@ import tokenizers
 
 from experiments.data.task import Example
 
-BUCKETS = (16, 32, 48, 64, 96, 128)
+BUCKETS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 WINDOW = 16  # batches that are sorted by length together; more pad less and mix less
 _CHUNK = 4096  # texts tokenised at a time, which bounds the memory their Encodings take
 
@@ -28,7 +28,7 @@ class Encoded:
     """Tokenised examples, N rows of different lengths laid end to end."""
 
     tokens: np.ndarray  # of all rows, int32
-    segments: np.ndarray  # 0 in the first text, 1 in the second, int32, as long as tokens
+    segments: np.ndarray  # 0 in the first text, 1 in the second or in what is learnt, int32
     lengths: np.ndarray  # tokens of each row, int64 (N,)
     labels: np.ndarray  # int32 (N,)
     ids: np.ndarray  # of the examples, int32 (N,)
@@ -53,22 +53,31 @@ def encode(
         raise ValueError("the tokenizer has no [PAD] or <pad> token; add one to its file")
     cutting = copy.deepcopy(tokenizer)
     cutting.enable_truncation(max_length)
-    tokens, segments, lengths, labels, ids = [], [], [], [], []
+    tokens, segments, labels, ids = [], [], [], []
     remaining = iter(examples)
     while chunk := list(itertools.islice(remaining, _CHUNK)):
         rows = cutting.encode_batch([e.texts if len(e.texts) > 1 else e.texts[0] for e in chunk])
-        chain = itertools.chain.from_iterable
-        tokens.append(np.fromiter(chain(row.ids for row in rows), np.int32))
-        segments.append(np.fromiter(chain(row.type_ids for row in rows), np.int32))
-        lengths += [len(row.ids) for row in rows]
+        tokens += [np.array(row.ids, np.int32) for row in rows]
+        segments += [np.array(row.type_ids, np.int32) for row in rows]
         labels += [example.label for example in chunk]
         ids += [example.id for example in chunk]
-    if not lengths:
+    return joined(tokens, segments, labels, ids, pad_id)
+
+
+def joined(
+    tokens: Sequence[np.ndarray],
+    segments: Sequence[np.ndarray],
+    labels: Sequence[int],
+    ids: Sequence[int],
+    pad_id: int,
+) -> Encoded:
+    """The rows laid end to end."""
+    if not tokens:
         raise ValueError("there are no examples to encode; is the split empty?")
     return Encoded(
-        np.concatenate(tokens),
-        np.concatenate(segments),
-        np.array(lengths),
+        np.concatenate(tokens, dtype=np.int32),
+        np.concatenate(segments, dtype=np.int32),
+        np.array([len(row) for row in tokens]),
         np.array(labels, np.int32),
         np.array(ids, np.int32),
         pad_id,

@@ -38,7 +38,7 @@ class GlueSplit(Sequence):
         return self.task.example(texts, int(row["label"]), index)
 
 
-def load(task: Task, data_dir: str | os.PathLike | None = None) -> Splits:
+def load(task: Task, data_dir: str | os.PathLike | None = None) -> Splits[Example]:
     """The train and validation splits (MNLI: matched); the labels must be the task's."""
     builder = _downloaded(task) if data_dir is None else _prepared(task, storage.at(data_dir))
     labels = tuple(builder.info.features["label"].names)

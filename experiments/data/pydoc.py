@@ -39,7 +39,7 @@ _SENTENCE_END = re.compile(
 _OPENING = re.compile(r'[A-Z][a-z]*(’s)?[ ,]|"[^"]+" [a-z]')
 
 
-def load(seed: int = 0) -> Splits:
+def load(seed: int = 0) -> Splits[Example]:
     """The task drawn with `seed`: which sentences are disturbed, how, and which validate."""
     rng = np.random.Generator(np.random.PCG64([seed, *b"pydoc"]))
     sentences = prose()

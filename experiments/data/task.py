@@ -2,7 +2,9 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
+
+Row = TypeVar("Row")  # an Example, or a language task's Exchange
 
 
 class Example(NamedTuple):
@@ -13,11 +15,11 @@ class Example(NamedTuple):
     id: int  # position in its split, so that a prediction can be traced back
 
 
-class Splits(NamedTuple):
+class Splits(NamedTuple, Generic[Row]):
     """The two splits of a task, both random access."""
 
-    train: Sequence[Example]
-    validation: Sequence[Example]
+    train: Sequence[Row]
+    validation: Sequence[Row]
 
 
 @dataclasses.dataclass(frozen=True)

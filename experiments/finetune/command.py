@@ -18,7 +18,6 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from experiments.data.tasks import task_named
 from experiments.exits import reported
 from experiments.finetune.checkpoint import belongs, collect
 from experiments.finetune.config import AnyGrid, Command, read, runs, shrunk
@@ -29,10 +28,13 @@ from experiments.finetune.preemption import STATUS, noticed
 from experiments.finetune.run import Session, divergence, run_or_read
 from experiments.finetune.train import PreemptedError
 from experiments.models import get as model_named
+from experiments.report import samples
 from experiments.report.plots import draw
 from experiments.report.summary import summarise
 from experiments.report.tables import rich_table, tables
-from experiments.storage import Path, check_folder, locked
+from experiments.storage import Path, check_folder, locked, write_atomic
+
+SAMPLES = "samples.md"
 
 
 @reported
@@ -82,16 +84,23 @@ def show(results: list[dict[str, Any]], out: Path, console: Console) -> None:
     written = once(lambda: list(map(str, write_all(out))))
     for table in tables(rows):
         console.print(rich_table(table))
+    for runs_of_task in samples.chosen(results):
+        console.print(samples.rich_table(runs_of_task))
     for path in written:
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
 
 
 def write_all(out: Path) -> list[Path]:
-    """results.jsonl and the plots of it: the last of the commands that share `out` has them all."""
+    """results.jsonl, its plots and samples: the last of the commands that share `out` has all."""
     path = collect(out)
     with locked(out, wait=True):
         results = [json.loads(line) for line in path.read_text().splitlines()]
-        return [path, *draw(summarise(results), out).values()]
+        written = [path, *draw(summarise(results), out).values()]
+        if samples.chosen(results):
+            page = samples.markdown(results).encode()
+            write_atomic(out / SAMPLES, page, "the answers")
+            written.append(out / SAMPLES)
+        return written
 
 
 def checked(command: AnyGrid) -> AnyGrid:
@@ -101,11 +110,14 @@ def checked(command: AnyGrid) -> AnyGrid:
     model = model_named(command.model)
     if command.weights is None:
         command = dataclasses.replace(command, weights=model.weights)
-    elif model.weights is None:
+    elif not model.other_weights:
         raise ValueError(
-            f"--weights {command.weights} is for --model t5; {command.model} has its own"
+            f"--weights {command.weights} is for --model llama or t5; {command.model} has its own"
         )
-    task_named(command.task)
+    if command.weights is None and model.other_weights:
+        raise ValueError(
+            f"--model {command.model} needs --weights: a folder, a .gguf file or NAME@COMMIT"
+        )
     check_folder(command.out, "--out")
     runs(command)
     return shrunk(command)

@@ -8,6 +8,7 @@ the learning rates: the paper's is 1e-4 for all.
 
 import argparse
 import dataclasses
+import hashlib
 import math
 import os
 import pathlib
@@ -17,6 +18,8 @@ from typing import Annotated, Literal, TypeVar
 import tyro
 
 from experiments import checks, storage
+from experiments.data.tasks import LANGUAGE, OWN_DATA, TASKS
+from experiments.models import get as model_named
 
 # The paper trains one epoch of 3,668 to 392,702 examples. `pydoc` has a few thousand, and one
 # command with four methods is to end within six minutes on two CPU cores.
@@ -33,6 +36,15 @@ RATES = {
     "lorapro-factored": 2e-4,
     "lorapro-adamw": 2e-3,
 }
+# Of models whose own are known: docs/results.md has the sweeps.
+RATES_OF = {
+    "smollm2": RATES | {"lora": 3e-3, "lorapro-full": 1e-3, "lorapro-factored": 1e-3},
+}
+
+
+def rates_of(model: str) -> dict[str, float]:
+    """Each method's peak rate, unless the command gives others."""
+    return RATES_OF.get(model, RATES)
 
 
 def _list_of(kind: type, metavar: str) -> tyro.constructors.PrimitiveConstructorSpec:
@@ -67,9 +79,11 @@ class Model:
     """What is trained."""
 
     model: str = "minilm"
-    """minilm (a pretrained encoder), t5 (text to text), or tiny and t5-tiny (random, for tests)."""
+    """smollm2 (a pretrained language model), llama (any Llama, Qwen2 or Qwen3), minilm (a
+    pretrained encoder), t5 (text to text); llama-tiny, tiny and t5-tiny are random, for tests."""
     weights: str | None = None
-    """For t5: a folder as Hugging Face keeps a T5, or NAME@COMMIT on its hub; None: t5-base."""
+    """For llama and t5: a folder as Hugging Face keeps such a model, or NAME@COMMIT on its hub; for
+    llama a .gguf file too. None: for t5, t5-base."""
     remat: bool = False
     """The backward pass computes every layer anew, for memory (XLA undoes it on a CPU)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -80,14 +94,42 @@ class Model:
 class Data:
     """What it learns."""
 
-    task: str = "pydoc"
-    """pydoc (embedded, no download), or a GLUE task: cola, mrpc, sst2, rte, qnli, mnli."""
+    task: str | None = None
+    """Of an encoder or text to text: pydoc (embedded, no download), or a GLUE task: cola, mrpc,
+    sst2, rte, qnli, mnli. Of a language model: docstrings (embedded), e2e or gsm8k. None: the
+    embedded one."""
+    data: str | None = None
+    """For a language model, in place of a task: a file of your own, each line {"prompt": ...,
+    "completion": ...} or {"messages": [{"role": ..., "content": ...}, ...]}."""
+    validation_data: str | None = None
+    """The same, for validation; None: a tenth of --data, at most 500 lines."""
+    plain: bool = False
+    """Write prompt and answer of a language model one a line, without its chat template."""
+    label_smoothing: checks.Share = 0.0
+    """Share of a language model's target that is spread over the vocabulary, in training."""
     max_length: Annotated[int, checks.Range(3)] = 128  # [CLS], a token, [SEP]
-    """Tokens per example; longer ones are cut."""
+    """Tokens per example; longer ones are cut, or, of a language model, left out."""
     train_examples: Annotated[int, checks.Range(0)] = 0
     """Train on a subset of this size, drawn by the seed; 0: all."""
     eval_examples: Annotated[int, checks.Range(0)] = 0
     """Evaluate on a subset of this size, the same for every seed; 0: all."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Answers:
+    """What a language model writes at every evaluation, and how."""
+
+    answers: Annotated[int, checks.Range(0)] = 10
+    """Validation prompts that are answered, the same for every run; the task's scores are of them;
+    0: none."""
+    max_new_tokens: checks.Count | None = None
+    """Tokens of an answer at most; None: the task's own."""
+    beams: checks.Count = 1
+    """Beams of the search; 1: the likeliest token at every step."""
+    length_penalty: Annotated[float, checks.Range(-100.0, 100.0)] = 1.0
+    """A beam's log-likelihood is divided by its length to this power."""
+    no_repeat_ngram: Annotated[int, checks.Range(0)] = 0
+    """No sequence of so many tokens comes twice in an answer; 0: any may."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,6 +144,9 @@ class Adapter:
     """Scale by alpha / sqrt(r) instead."""
     dropout: checks.Share = 0.0
     """On the adapters' input, and on the encoder's pooled features or everywhere in a T5."""
+    targets: str | None = None
+    """The linear layers with an adapter, a regular expression on their whole paths, of a language
+    model on their names in a layer, such as "q|v"; None: all of the model's blocks."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,7 +162,9 @@ class Optimizer:
     head_learning_rate: checks.Positive | None = None
     """Peak rate of the fresh classification head in the LoRA methods; None: the adapters' rate."""
     warmup_ratio: checks.Share = 0.03
-    """Share of the steps over which the rate rises; then it falls to 0 along a cosine."""
+    """Share of the steps over which the rate rises."""
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """How the rate falls to 0 after that."""
     clip_norm: checks.NotNegative = 1.0
     """Bound on the global norm of the raw gradients; 0: none."""
     weight_decay: Annotated[checks.NotNegative, tyro.conf.arg(aliases=("--wd",))] = 0.0
@@ -131,18 +178,20 @@ class Optimizer:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Training(Optimizer, Adapter, Data, Model):
+class Training(Optimizer, Adapter, Answers, Data, Model):
     """What all runs of a command share."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig(Training):
-    """One run: one method, learning rate and seed, with the epochs settled."""
+    """One run: one method, learning rate and seed, with task and epochs settled."""
 
+    task: str
     method: str
     learning_rate: float
     seed: int
     epochs: int
+    data_sha256: str | None = None  # of the user's own files
 
     @property
     def folder_name(self) -> str:
@@ -166,11 +215,11 @@ class Run:
     """Which runs are made, and where they read and write."""
 
     config: str | None = None
-    """A module of experiments/configs, which has the defaults of the other flags: minilm_pydoc,
-    minilm_sst2 or t5_glue."""
+    """A module of experiments/configs, which has the defaults of the other flags:
+    smollm2_docstrings, smollm2_e2e, smollm2_e2e_lora_paper, minilm_pydoc, minilm_sst2, t5_glue."""
     smoke: bool = False
-    """A few seconds of the same on a random tiny model, and on pydoc unless there is --data-dir;
-    it sets the epochs, the batches, the lengths and the examples, and takes the first seed."""
+    """A few seconds of the same on a random tiny model, and on its embedded task unless data are
+    given; it sets epochs, batches, lengths and examples, and takes the first seed."""
     methods: Annotated[tuple[str, ...], _list_of(str, "NAME,NAME,...")] = tuple(RATES)
     """Any of full, lora, lorapro-full, lorapro-factored, lorapro-adamw."""
     learning_rates: Annotated[
@@ -284,20 +333,26 @@ def _with_environment(command: Command) -> Command:
     return dataclasses.replace(command, distributed=True, **told)
 
 
+SMOKE = {"t5": "t5-tiny", "smollm2": "llama-tiny", "llama": "llama-tiny"}
+SMOKE |= {name: name for name in SMOKE.values()}
+
+
 def shrunk(command: AnyGrid) -> AnyGrid:
     """The command with --smoke carried out: the same methods on next to nothing."""
     if not command.smoke:
         return command
     return dataclasses.replace(
         command,
-        model="t5-tiny" if command.model.startswith("t5") else "tiny",
+        model=SMOKE.get(command.model, "tiny"),
         weights=None,
-        task=command.task if command.data_dir else "pydoc",
+        task=command.task if command.data_dir or command.data else None,
         seeds=command.seeds[:1],
         epochs=1,
         batch_size=8,
         accumulate=math.gcd(command.accumulate, 8),
-        max_length=32,
+        max_length=256 if SMOKE.get(command.model) == "llama-tiny" else 32,  # bytes, or words
+        answers=min(command.answers, 2),
+        max_new_tokens=8,
         train_examples=64,
         eval_examples=32,
     )
@@ -306,8 +361,9 @@ def shrunk(command: AnyGrid) -> AnyGrid:
 def runs(command: Grid) -> list[RunConfig]:
     """The runs that a command stands for, in order; raises ValueError for what cannot be run."""
     shared = {f.name: getattr(command, f.name) for f in dataclasses.fields(Training)}
+    shared["task"] = _task_of(command)
     if command.epochs is None:
-        shared["epochs"] = EPOCHS.get(command.task, PAPER_EPOCHS)
+        shared["epochs"] = EPOCHS.get(shared["task"], PAPER_EPOCHS)
     checks.in_range(command)
     checks.divides("--accumulate", command.accumulate, "--batch-size", command.batch_size)
     checks.different("--methods", command.methods)
@@ -315,14 +371,45 @@ def runs(command: Grid) -> list[RunConfig]:
     checks.different("--seeds", command.seeds)
     if isinstance(command, Command):
         _check_command(command)
+    if command.label_smoothing and model_named(command.model).kind != "decoder":
+        raise ValueError(f"--label-smoothing is for a language model; {command.model} is none")
+    shared["data_sha256"] = _digest(command.data, command.validation_data)
     grid = [
         RunConfig(**shared, method=method, learning_rate=rate, seed=seed)
         for method in command.methods
-        for rate in command.learning_rates or (RATES[method],)
+        for rate in command.learning_rates or (rates_of(command.model)[method],)
         for seed in command.seeds
     ]
     SCALE.check("the scale that --alpha and --rank make,", grid[0].scale)
     return grid
+
+
+def _task_of(command: Grid) -> str:
+    """The task by name; a ValueError if the model does not do it."""
+    decoder = model_named(command.model).kind == "decoder"
+    if command.data is not None:
+        if not decoder or command.task is not None:
+            raise ValueError(
+                f"--data {command.data} is for a language model, in place of --task; choose "
+                "--model smollm2 or llama, and leave --task out"
+            )
+        return OWN_DATA
+    if command.validation_data is not None:
+        raise ValueError(f"--validation-data {command.validation_data} goes with --data; add it")
+    if command.task is None:
+        return "docstrings" if decoder else "pydoc"
+    if decoder != (checks.one_of("task", command.task, [*TASKS, *LANGUAGE]) in LANGUAGE):
+        fitting = ", ".join(LANGUAGE if decoder else TASKS)
+        raise ValueError(
+            f"--task {command.task} is not for --model {command.model}, whose tasks are {fitting}"
+        )
+    return command.task
+
+
+def _digest(*files: str | None) -> str | None:
+    """SHA-256 of the user's files together; None: there are none."""
+    contents = [storage.at(file).read_bytes() for file in files if file is not None]
+    return hashlib.sha256(b"\0".join(contents)).hexdigest() if contents else None
 
 
 def _check_command(command: Command) -> None:

@@ -60,14 +60,16 @@ class Devices:
 
         return jax.tree_util.tree_map_with_path(one, params)
 
-    def state_shardings(self, tx: optax.GradientTransformation, params: Any) -> Any:
+    def state_shardings(
+        self, tx: optax.GradientTransformation, params: Any, layout: lp.Layout | None = None
+    ) -> Any:
         """How the optimizer's state lies: each array as what it belongs to."""
         abstract = jax.tree.map(
             lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
             params,
             self.shardings(params),
         )
-        return lp.state_shardings(tx, abstract)
+        return lp.state_shardings(tx, abstract, layout=layout)
 
     def place(self, params: Any) -> Any:
         """The same values on the devices; every process has them already."""
@@ -99,7 +101,7 @@ def _axis_to_cut(path: tuple, shape: tuple[int, ...], parts: int) -> int | None:
     if parts == 1 or len(shape) < 2 or math.prod(shape) < SMALLEST:
         return None
     leaf = jax.tree_util.keystr(path[-1:], simple=True)
-    rank = {"lora_a": len(shape) - 1, "lora_b": 0}.get(leaf)
+    rank = {"lora_a": len(shape) - 1, "lora_b": len(shape) - 2}.get(leaf)
     fit = [axis for axis, size in enumerate(shape) if size % parts == 0 and axis != rank]
     return max(fit, key=lambda axis: shape[axis], default=None)
 

@@ -18,7 +18,6 @@ import lorapro_jax as lp
 from experiments.checks import one_of
 from experiments.finetune.config import RunConfig
 from experiments.models import get as model_named
-from lorapro_jax import nnx as lora
 
 HEAD = r"head/.*"  # fresh, so that the LoRA methods train it too
 
@@ -34,17 +33,22 @@ def _adam(run: RunConfig) -> dict[str, float]:
     return {"b1": run.b1, "b2": run.b2, "eps": run.eps, "weight_decay": run.weight_decay}
 
 
+def layout_of(run: RunConfig) -> lp.Layout | None:
+    """Of the model's factors."""
+    return model_named(run.model).layout
+
+
 def _adamw(run: RunConfig, rate: optax.Schedule) -> optax.GradientTransformation:
     return optax.adamw(rate, **_adam(run))
 
 
 def _lorapro(run: RunConfig, rate: optax.Schedule, mode: str) -> optax.GradientTransformation:
-    return lp.lorapro_adamw(rate, run.scale, mode=mode, **_adam(run))
+    return lp.lorapro_adamw(rate, run.scale, mode=mode, layout=layout_of(run), **_adam(run))
 
 
 def _projected_adamw(run: RunConfig, rate: optax.Schedule) -> optax.GradientTransformation:
     """The paper's efficient form: AdamW, which is given the projected gradients."""
-    return optax.chain(lp.lorapro(run.scale), _adamw(run, rate))
+    return optax.chain(lp.lorapro(run.scale, layout=layout_of(run)), _adamw(run, rate))
 
 
 METHODS: dict[str, Method] = {
@@ -73,15 +77,15 @@ def peaks_of(run: RunConfig) -> Peaks:
     return Peaks(run.learning_rate, run.head_learning_rate or run.learning_rate)
 
 
-def schedule(peak: jax.typing.ArrayLike, warmup_ratio: float, steps: int) -> optax.Schedule:
-    """Linear from 0 to `peak` over the warm-up, then a cosine to 0 at the last of `steps`."""
-    warmup = min(math.ceil(warmup_ratio * steps), steps - 1)
-    # optax.warmup_cosine_decay_schedule, which compares the peak with 0 and so takes no traced one.
-    parts = [
-        optax.linear_schedule(0.0, peak, warmup),
-        optax.cosine_decay_schedule(peak, steps - warmup),
-    ]
-    return optax.join_schedules(parts, [warmup])
+def schedule(run: RunConfig, peak: jax.typing.ArrayLike, steps: int) -> optax.Schedule:
+    """Linear from 0 to `peak` over the warm-up, then to 0 at the last of `steps`."""
+    warmup = min(math.ceil(run.warmup_ratio * steps), steps - 1)
+    # optax.warmup_cosine_decay_schedule compares the peak with 0 and so takes no traced one.
+    if run.schedule == "cosine":
+        fall = optax.cosine_decay_schedule(peak, steps - warmup)
+    else:
+        fall = optax.linear_schedule(peak, 0.0, steps - warmup)
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), fall], [warmup])
 
 
 def optimizer(
@@ -92,10 +96,11 @@ def optimizer(
     `given` stand in for the run's own; the state's structure depends on neither.
     """
     method, peak = method_named(run.method), given or peaks_of(run)
-    tx = method.optimizer(run, schedule(peak.method, run.warmup_ratio, steps))
+    tx = method.optimizer(run, schedule(run, peak.method, steps))
     if method.adapted:
-        head = {HEAD: _adamw(run, schedule(peak.head, run.warmup_ratio, steps))}
-        tx = lp.freeze_base(tx, extra=None if model_named(run.model).text_to_text else head)
+        head = {HEAD: _adamw(run, schedule(run, peak.head, steps))}
+        head = head if model_named(run.model).kind == "encoder" else None
+        tx = lp.freeze_base(tx, extra=head, layout=layout_of(run))
     return optax.chain(optax.clip_by_global_norm(run.clip_norm), tx) if run.clip_norm else tx
 
 
@@ -105,11 +110,12 @@ def split(
     """(graph, what trains, the rest) of `model`, which gains adapters if the method uses them."""
     trains = nnx.Param
     if method_named(run.method).adapted:
-        lora.add_lora(
+        spec = model_named(run.model)
+        spec.adapt(
             model,
             rank=run.rank,
             alpha=run.alpha,
-            targets=model_named(run.model).adapted,
+            targets=run.targets or spec.adapted,
             rslora=run.rslora,
             dropout=run.dropout,
             rngs=rngs,
@@ -117,7 +123,8 @@ def split(
         head = nnx.All(nnx.Param, lambda path, _: path[0] == "head")
         trains = nnx.Any(nnx.LoRAParam, head)
     graph, trainable, rest = nnx.split(model, trains, ...)
-    return graph, nnx.as_pure(trainable), nnx.as_pure(rest)
+    # Steps donate what trains, and the next run may begin from the same pretrained arrays.
+    return graph, jax.tree.map(jnp.copy, nnx.as_pure(trainable)), nnx.as_pure(rest)
 
 
 def diagnosis_of(run: RunConfig) -> Callable[..., dict[str, jax.Array]] | None:
@@ -130,8 +137,9 @@ def diagnosis_of(run: RunConfig) -> Callable[..., dict[str, jax.Array]] | None:
         return None
 
     def measure(params, grads, updates) -> dict[str, jax.Array]:
-        projected = lp.diagnose(params, grads, run.scale).values()
-        taken = lp.diagnose(params, grads, run.scale, updates=updates).values()
+        given, layout = (params, grads, run.scale), layout_of(run)
+        projected = lp.diagnose(*given, layout=layout).values()
+        taken = lp.diagnose(*given, updates=updates, layout=layout).values()
         cosines = {
             "lora_cosine": [pair.lora_cosine for pair in projected],
             "lorapro_cosine": [pair.cosine for pair in projected],

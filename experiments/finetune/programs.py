@@ -17,7 +17,9 @@ from flax import nnx
 
 from experiments.finetune.config import RunConfig
 from experiments.finetune.devices import Devices
-from experiments.finetune.methods import Peaks, diagnosis_of, optimizer, peaks_of
+from experiments.finetune.language import decoding_of
+from experiments.finetune.methods import Peaks, diagnosis_of, layout_of, optimizer, peaks_of
+from experiments.models.llama_decode import decode
 
 KEPT = 2  # methods whose programs are held: a command goes through its methods one by one
 
@@ -112,11 +114,12 @@ class Programs:
 
     step(params, opt_state, frozen, batch, number, varied) -> (params, opt_state, metrics), donated
     diagnosis(the same) -> {name: figure}; None for a method without pairs
-    logits(params, frozen, batch) -> (B, C)
+    outputs(params, frozen, batch) -> (B, C): logits, or of a language model loss and tokens
+    answers(params, frozen, batch) -> (B, steps), tokens; None for what is no language model
     """
 
     def __init__(self, run: RunConfig, steps: int, graph: nnx.GraphDef, devices: Devices):
-        self.graph, self.devices = graph, devices
+        self.graph, self.devices, self.layout = graph, devices, layout_of(run)
         self.optimizer = functools.partial(optimizer, run, steps)
         measure = diagnosis_of(run)
 
@@ -133,8 +136,7 @@ class Programs:
             loss, grads, updates, opt_state = update(params, *rest)
             made = optax.apply_updates(params, updates), opt_state
             if devices.mesh is not None:  # both are held to where they lie before the step
-                states = devices.state_shardings(self.optimizer(), params)
-                where = devices.shardings(params), states
+                where = devices.shardings(params), self.state_shardings(params)
                 made = jax.lax.with_sharding_constraint(made, where)
             return (*made, Metrics(loss, optax.tree.norm(grads)))
 
@@ -142,13 +144,22 @@ class Programs:
             _, grads, updates, _ = update(params, *rest)
             return measure(params, grads, updates)
 
-        def logits(params, frozen, batch):
+        def outputs(params, frozen, batch):
             model = nnx.merge(graph, params, frozen)
             model.eval()
             return model(batch["tokens"], batch["mask"], batch["segments"])
 
+        def answers(params, frozen, batch):
+            model = nnx.merge(graph, params, frozen)
+            model.eval()
+            return decode(model.llama, batch["tokens"], batch["mask"], decoding)
+
         self.step = Compiled(jax.jit(step, donate_argnums=(0, 1)), devices)
-        self.logits = Compiled(jax.jit(logits), devices)
+        self.outputs = Compiled(jax.jit(outputs), devices)
+        self.answers = None
+        if (decoding := decoding_of(run)) is not None:
+            answered = jax.jit(answers, out_shardings=devices.replicated)
+            self.answers = Compiled(answered, devices)
         measured = jax.jit(diagnosis, out_shardings=devices.replicated)
         self.diagnosis = Compiled(measured, devices) if measure else None
 
@@ -157,7 +168,11 @@ class Programs:
         tx = self.optimizer()
         if self.devices.mesh is None:
             return tx.init(params)
-        return jax.jit(tx.init, out_shardings=self.devices.state_shardings(tx, params))(params)
+        return jax.jit(tx.init, out_shardings=self.state_shardings(params))(params)
+
+    def state_shardings(self, params) -> Any:
+        """How the optimizer's state lies on the devices."""
+        return self.devices.state_shardings(self.optimizer(), params, self.layout)
 
 
 # Called with `run.shared`: the programs of an earlier run that shares them, or new ones.

@@ -13,12 +13,12 @@ import numpy as np
 from flax import nnx
 from rich.console import Console
 
-from experiments.data.tasks import task_named
 from experiments.finetune import checkpoint
 from experiments.finetune.checkpoint import CHECKPOINTS, Checkpoints
 from experiments.finetune.config import Command, RunConfig
 from experiments.finetune.devices import Devices
 from experiments.finetune.hosts import can_go_on_from, is_first, once
+from experiments.finetune.language import headline
 from experiments.finetune.methods import schedule
 from experiments.finetune.prepare import Data, build, load_data
 from experiments.finetune.progress import logged, shown
@@ -60,6 +60,9 @@ def train_run(run: RunConfig, session: Session, folder: Path, title: str) -> dic
     """Trains one run and leaves its folder complete, also if it diverges."""
     command, shared_by = session.command, session.devices
     loaded = load_data(run, command.data_dir)
+    if loaded.left_out:
+        told = f"{title}: {loaded.left_out:,} examples are longer than {run.max_length} tokens"
+        session.console.print(f"{told}, and left out (--max-length)", soft_wrap=True)
     setup, params = build(run, loaded, shared_by)
     about, diverged = sizes_of(setup, params) | {"devices": shared_by.count}, None
     rhythm = Rhythm(**{name: getattr(command, name) for name in Rhythm._fields if name != "last"})
@@ -101,7 +104,7 @@ def observed(
         yield lambda history: None
         return
     steps = len(setup.batches)
-    rates = np.asarray(schedule(run.learning_rate, run.warmup_ratio, steps)(np.arange(steps)))
+    rates = np.asarray(schedule(run, run.learning_rate, steps)(np.arange(steps)))
     with (
         shown(session.console, title, steps, run.batch_size) as show,
         logged(folder, rates, tensorboard=session.command.tensorboard) as log,
@@ -149,7 +152,7 @@ def result_of(
     return {
         "kind": "finetune",
         "config": dataclasses.asdict(run),
-        "metric": task_named(run.task).metric,
+        "metric": headline(run),
         **end,
         "train_examples": len(loaded.train),
         "train_examples_available": loaded.available,
@@ -159,11 +162,22 @@ def result_of(
         "wall_seconds": sum(history.seconds.values()),
         "seconds": history.seconds,
         "step_memory_bytes": history.step_memory_bytes,
+        "left_out": loaded.left_out,
         "evaluations": history.evaluations,
         "diagnostics": history.diagnostics,
         "losses": thinned(history.losses, CURVE_POINTS),
+        "samples": samples_of(loaded, history),
         "provenance": provenance(),
     }
+
+
+def samples_of(loaded: Data, history: History) -> list[dict[str, str]]:
+    """The prompts of a language model, with its answers before and after."""
+    return [
+        {"prompt": prompt.text, "reference": prompt.references[0]}
+        | {when: answers[i] for when, answers in history.answers.items()}
+        for i, prompt in enumerate(loaded.prompts)
+    ]
 
 
 def thinned(losses: list[float], points: int) -> list[list[float]]:

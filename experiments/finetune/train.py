@@ -22,6 +22,7 @@ from flax import nnx
 from experiments.finetune.checkpoint import Checkpoints
 from experiments.finetune.devices import ONE, Devices
 from experiments.finetune.evaluate import metrics, predict
+from experiments.finetune.language import Questions
 from experiments.finetune.programs import Compiled, Metrics, Programs, Varied
 
 PROFILE = "profile"  # folder of the traces
@@ -40,6 +41,8 @@ class Setup(NamedTuple):
     evaluation: grain.MapDataset
     epochs: int
     devices: Devices = ONE
+    scores: Callable[[np.ndarray, np.ndarray], dict[str, float]] = metrics  # of outputs and labels
+    questions: Questions | None = None  # that a language model answers at every evaluation
 
 
 class DivergedError(FloatingPointError):
@@ -74,6 +77,7 @@ class History:
     gradient_norms: list[float] = dataclasses.field(default_factory=list)  # of every step
     evaluations: list[dict] = dataclasses.field(default_factory=list)
     diagnostics: list[dict] = dataclasses.field(default_factory=list)
+    answers: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # "before" and "after"
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # by activity
     step_memory_bytes: int = 0  # of the largest compiled step
     data: dict | None = None  # the state of the iterator over the batches
@@ -143,6 +147,8 @@ def train(
     total, start = len(setup.batches), len(history.losses)
     last = total if rhythm.last is None else rhythm.last
     observe(history)  # what a log holds beyond the checkpoint is void
+    if setup.questions is not None and not history.evaluations and last:
+        loop.evaluate(arrays[0], 0)
     with contextlib.ExitStack() as tracing:
         for done in range(start + 1, last + 1):
             batch = setup.devices.shard(next(iterator))
@@ -217,17 +223,29 @@ class _Loop:
             self.observe(self.history)
 
     def evaluate(self, params, done: int) -> None:
-        """Measures the validation split."""
+        """Measures the validation split, and has the questions answered."""
         self.read(0)
+        setup = self.setup
         with self.clock.on("evaluate"):
-            logits, labels = predict(
-                lambda x: self.call(self.programs.logits, x, (params, self.setup.frozen, x)),
-                map(self.setup.devices.shard, self.setup.evaluation),
-                self.setup.devices.gather,
+            outputs, labels = predict(
+                lambda x: self.call(self.programs.outputs, x, (params, setup.frozen, x)),
+                map(setup.devices.shard, setup.evaluation),
+                setup.devices.gather,
             )
-            scores = metrics(logits, labels)
-        self.history.add_evaluation(done, scores, len(self.setup.batches))
+            scores = setup.scores(outputs, labels)
+        if setup.questions is not None:
+            with self.clock.on("answer"):
+                answers = setup.questions.answers(lambda batch: self.decode(params, batch))
+            self.history.answers["after" if done else "before"] = answers
+            scores |= setup.questions.scores(answers)
+        self.history.add_evaluation(done, scores, len(setup.batches))
         self.observe(self.history)
+
+    def decode(self, params, batch: dict[str, np.ndarray]) -> np.ndarray:
+        """The answers' tokens, of all processes' rows."""
+        batch = self.setup.devices.shard(batch)
+        answers = self.call(self.programs.answers, batch, (params, self.setup.frozen, batch))
+        return self.setup.devices.gather(answers)
 
     def diagnose(self, arrays: tuple, batch, done: int) -> None:
         """Measures how close the step that is about to be made is to full fine-tuning's."""

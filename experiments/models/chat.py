@@ -1,14 +1,8 @@
 """A conversation as the text that a model was trained on, by the model's own Jinja template."""
 
 from collections.abc import Sequence
-from typing import TypedDict
 
-
-class Message(TypedDict):
-    """What one side says."""
-
-    role: str  # "system", "user" or "assistant"
-    content: str
+from experiments.data.language import Message
 
 
 def rendered(

@@ -17,7 +17,7 @@ from experiments.models.llama import Llama
 from experiments.models.llama_config import LlamaConfig
 from experiments.storage import read_json
 
-CHAT, CHAT_FILE = "tokenizer_config.json", "chat_template.jinja"
+CHAT_FILE, CHAT = weights.CHAT_FILES
 
 # Our module -> Hugging Face's, in the model and in a layer.
 _MODEL = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}

@@ -25,6 +25,7 @@ Config = TypeVar("Config")
 TensorName = Callable[[tuple], str]  # a leaf's path in the model -> its name in the file
 
 CONFIG, TOKENIZER, WEIGHTS = "config.json", "tokenizer.json", "model.safetensors"
+CHAT_FILES = "chat_template.jinja", "tokenizer_config.json"
 INDEX = "model.safetensors.index.json"
 REMEDY = "copy or download all files of one model again"
 MOST, MOST_LAYERS = 10**9, 1000  # of any size; of layers, each of which is built before it is read
@@ -42,7 +43,7 @@ def folder_of(model: str | pathlib.Path) -> pathlib.Path:
     import huggingface_hub  # a second to import: only where a name is asked for
 
     name, _, commit = str(model).partition("@")
-    patterns = [CONFIG, "*.safetensors", INDEX, TOKENIZER, "spiece.model"]
+    patterns = [CONFIG, "*.safetensors", INDEX, TOKENIZER, "spiece.model", *CHAT_FILES]
     try:
         if not re.fullmatch("[0-9a-f]{40}", commit):
             raise ValueError(

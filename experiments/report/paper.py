@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from experiments.configs import CONFIGS
 from experiments.finetune.config import runs
 from experiments.models import MODELS
-from experiments.report.summary import Row
+from experiments.report.summary import Row, special
 from experiments.report.tables import Table
 
 TASKS = {"mnli": "MNLI", "sst2": "SST-2", "cola": "CoLA", "qnli": "QNLI", "mrpc": "MRPC"}
@@ -52,13 +52,9 @@ def ours(rows: Sequence[Row]) -> dict[tuple[str | None, str], Row]:
     """{(method, task): row} of the rows that have the paper's set-up and nothing else."""
     command = dataclasses.replace(CONFIGS["t5_glue"], weights=MODELS["t5"].weights, seeds=(0,))
     asked = [run for task in TASKS for run in runs(dataclasses.replace(command, task=task))]
-    names = {_config(vars(run)): (run.method, run.task) for run in asked}
-    configs = [_config(row.records[0]["config"]) for row in rows]
+    names = {special(vars(run), "seed"): (run.method, run.task) for run in asked}
+    configs = [special(row.records[0]["config"], "seed") for row in rows]
     return {names[c]: row for c, row in zip(configs, rows, strict=True) if c in names}
-
-
-def _config(config: dict) -> str:
-    return json.dumps({k: v for k, v in config.items() if k != "seed"}, sort_keys=True)
 
 
 def _score(row: Row | None) -> str:

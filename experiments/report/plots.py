@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from experiments import storage
-from experiments.report.summary import Row, best_rows, groups, is_sweep, rate_text
+from experiments.report.summary import LOWER, Row, best_rows, groups, is_sweep, rate_text
 
 STYLES = {
     "full": {"color": "#444444", "ls": (0, (1, 1)), "marker": "o"},
@@ -30,6 +30,7 @@ STYLES = {
 }
 SMOOTHED_OVER = 10  # a point of a curve is the mean of this share of it: 1/10
 _NAMES = {"accuracy": "accuracy", "f1": "F1", "matthews": "Matthews correlation", "loss": "loss"}
+_NAMES |= {"bleu": "BLEU", "exact_match": "exact answers"}
 _SIZE = (7.0, 4.2)  # inches: at a page's 700 pixels the font's 10 points are 14 pixels
 _GAP = 0.075  # between two lines of text, as a share of the height
 
@@ -49,8 +50,9 @@ def draw(rows: Sequence[Row], folder: storage.Path, prefix: str = "") -> dict[st
         seen[name] += 1
         name += f"-{seen[name]}" if seen[name] > 1 else ""
         figures: dict[str, tuple[str, Callable]] = {"loss": ("training loss", loss_curves)}
-        if is_sweep(group):
+        if is_sweep(group) and group[0].metric != "loss":
             figures["rates"] = ("score by rate", by_rate)
+        if is_sweep(group):
             figures["rates-loss"] = ("validation loss by rate", partial(by_rate, name="loss"))
         for file, (what, panel) in figures.items():
             path = folder / f"{prefix}{name}-{file}.png"
@@ -125,11 +127,12 @@ def by_rate(ax: Axes, rows: Sequence[Row], name: str = "metric") -> tuple[str, s
     ax.minorticks_off()
     ax.set_xlabel("peak learning rate")
     _label(ax, labels)
-    what = _NAMES[rows[0].metric if name == "metric" else name]
+    score = rows[0].metric if name == "metric" else name
     crosses = "; x: diverged" if any(row.diverged for row in rows) else ""
     spread = ", mean ± standard error" if any(row.n > 1 for row in rows) else ""
-    facts = _facts(rows, f"validation {what}{spread}") + crosses
-    return f"Which learning rates give a {'low' if name == 'loss' else 'high'} {what}?", facts
+    facts = _facts(rows, f"validation {_NAMES[score]}{spread}") + crosses
+    level = "low" if score in LOWER else "high"
+    return f"Which learning rates give a {level} {_NAMES[score]}?", facts
 
 
 def _facts(rows: Sequence[Row], what: str) -> str:

@@ -3,6 +3,7 @@
 A row of which a seed diverged has neither: the mean of the others would flatter it.
 """
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -12,7 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.finetune.config import RunConfig
+
 NEEDED = ("config", "metric", "final")  # in every record
+LOWER = ("loss", "perplexity")  # of which less is better
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(RunConfig)}
 
 
 class Row(NamedTuple):
@@ -22,7 +27,7 @@ class Row(NamedTuple):
     model: str
     method: str
     learning_rate: float
-    settings: str  # the configuration without method, rate and seed, as JSON
+    settings: str  # what is not the default, without method, rate and seed, as JSON
     metric: str  # the task's headline
     n: int
     diverged: int  # of the n
@@ -49,7 +54,7 @@ def read(folder: pathlib.Path) -> list[dict[str, Any]]:
                 continue
             if missing := [name for name in NEEDED if name not in record]:
                 raise ValueError(f"{where} lacks {', '.join(missing)}: it is damaged; remove it")
-            key = json.dumps(record["config"], sort_keys=True)
+            key = special(record["config"])
             if key in records:
                 raise ValueError(f"{where} is the same run as {records[key][0]}; remove one")
             records[key] = where, record
@@ -59,20 +64,24 @@ def read(folder: pathlib.Path) -> list[dict[str, Any]]:
     return [record for _, record in records.values()]
 
 
+def special(config: dict[str, Any], *without: str) -> str:
+    """What a configuration has that is not the default, as JSON: older records lack fields."""
+    told = {k: v for k, v in config.items() if k not in without and _DEFAULTS.get(k, ...) != v}
+    return json.dumps(told, sort_keys=True)
+
+
 def summarise(records: Iterable[dict[str, Any]]) -> list[Row]:
     """One row per configuration without its seed, in the order of first appearance."""
     groups: dict[str, list[dict]] = {}
     for record in records:
-        config = {k: v for k, v in record["config"].items() if k != "seed"}
-        groups.setdefault(json.dumps(config, sort_keys=True), []).append(record)
+        groups.setdefault(special(record["config"], "seed"), []).append(record)
     return [_row(group) for group in groups.values()]
 
 
 def _row(group: list[dict[str, Any]]) -> Row:
     config, metric = group[0]["config"], group[0]["metric"]
-    rest = {k: v for k, v in config.items() if k not in ("method", "learning_rate", "seed")}
     named = (config[name] for name in ("task", "model", "method", "learning_rate"))
-    settings = json.dumps(rest, sort_keys=True)
+    settings = special(config, "method", "learning_rate", "seed")
     diverged, n = sum("diverged" in record for record in group), len(group)
     values: dict[str, list[float]] = {}
     if not diverged:
@@ -98,11 +107,14 @@ def is_sweep(group: Sequence[Row]) -> bool:
 
 
 def _score(row: Row) -> float:
-    return row.mean.get("metric", -math.inf)  # a rate that diverged is the last choice
+    """The headline metric, negated if less is better; a rate that diverged is the last choice."""
+    if row.diverged:
+        return -math.inf
+    return -row.mean["metric"] if row.metric in LOWER else row.mean["metric"]
 
 
 def best_rows(group: Iterable[Row]) -> list[Row]:
-    """Of each method the row of the rate with the highest headline metric."""
+    """Of each method the row of the rate with the best headline metric."""
     best: dict[str, Row] = {}
     for row in group:
         best[row.method] = max(best.get(row.method, row), row, key=_score)
@@ -110,7 +122,7 @@ def best_rows(group: Iterable[Row]) -> list[Row]:
 
 
 def ties(rows: Sequence[Row]) -> list[Row]:
-    """The row with the highest headline metric and those within one standard error of it.
+    """The row with the best headline metric and those within one standard error of it.
 
     That error is the one of the two means' difference, sqrt(e1² + e2²). Of methods at their best
     rates these are the best, of one method's rates its good band; of a single row there are none.

@@ -2,10 +2,10 @@
 
 A grid of small runs fills a GPU that one of them does not (`experiments.sweep.together`). What it
 leaves is what `experiments.finetune` leaves of the same runs, in folders of the same names, but
-for three things: no checkpoints and no metrics.jsonl, for a sweep takes minutes; no trained
-parameters; and "together" in a result, how many runs were trained at once. The `seconds` and
-`step_memory_bytes` of such a result are those of all these runs together, a run that diverged
-having the seconds up to there; `examples_per_second` are the run's own examples over them.
+without checkpoints and metrics.jsonl, for a sweep takes minutes; without trained parameters and a
+language model's answers; and with "together" in a result: how many runs were trained at once. The
+`seconds` and `step_memory_bytes` of such a result are those of all these runs together, a run that
+diverged having the seconds up to there; `examples_per_second` are the run's own examples over them.
 
 The results of a method are written when all its runs are through. Those that are there already,
 from an earlier sweep or from `experiments.finetune`, are only reported. Several processes may share
@@ -54,7 +54,8 @@ class Command(Together, Grid):
 @reported
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status, 1 if a run diverged."""
-    command = checked(read(argv, "python -m experiments.sweep", Command))
+    asked = read(argv, "python -m experiments.sweep", Command)
+    command = checked(dataclasses.replace(asked, answers=0))
     return 1 if sweep(command, terminal()) else 0
 
 

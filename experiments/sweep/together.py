@@ -28,7 +28,7 @@ from flax import nnx
 
 from experiments.finetune.config import RunConfig
 from experiments.finetune.devices import ONE
-from experiments.finetune.evaluate import metrics, predict
+from experiments.finetune.evaluate import predict
 from experiments.finetune.programs import Compiled, Metrics, Programs, Varied, varied_of
 from experiments.finetune.train import AHEAD, Clock, DivergedError, History, Setup
 
@@ -57,7 +57,7 @@ class Vmapped:
 
     steps(params, opt_state, frozen, batches, of_run, first, count, varied)
         -> (params, opt_state, metrics (K, R)), donated: `count` of K steps, from number `first` on
-    logits(params, frozen, batch) -> (B, R, C)
+    outputs(params, frozen, batch) -> (B, R, C)
     """
 
     def __init__(self, single: Programs, structure: Any, shape: tuple):
@@ -73,11 +73,11 @@ class Vmapped:
             return single.step.jitted(params, opt_state, whole(frozen), *rest)
 
         @functools.partial(jax.vmap, in_axes=(0, axes, None), out_axes=1)
-        def logits(params, frozen, batch):
-            return single.logits.jitted(params, whole(frozen), batch)
+        def outputs(params, frozen, batch):
+            return single.outputs.jitted(params, whole(frozen), batch)
 
         self.steps = Compiled(jax.jit(_repeated(step), donate_argnums=(0, 1)), ONE)
-        self.logits = Compiled(jax.jit(logits), ONE)
+        self.outputs = Compiled(jax.jit(outputs), ONE)
         self.init = jax.jit(jax.vmap(single.init))
 
 
@@ -245,14 +245,15 @@ class _Loop:
         """Measures the validation split, the same for every run."""
         self.read(0)
 
-        def logits(batch) -> jax.Array:
+        def outputs(batch) -> jax.Array:
             args = (params, self.group.frozen, batch)
-            return self.program(self.group.programs.logits, _length([batch]), args)(*args)
+            return self.program(self.group.programs.outputs, _length([batch]), args)(*args)
 
         with self.clock.on("evaluate"):
-            logits_NRC, labels = predict(logits, self.group.setups[0].evaluation)
+            setup = self.group.setups[0]
+            outputs_NRC, labels = predict(outputs, setup.evaluation)
             scores = [
-                metrics(logits_NRC[:, n], labels) if n not in self.diverged else {}
+                setup.scores(outputs_NRC[:, n], labels) if n not in self.diverged else {}
                 for n in range(len(self.histories))
             ]
         self.record(lambda n, history: history.add_evaluation(done, scores[n], self.total))
