@@ -133,19 +133,24 @@ def lengths(run: RunConfig, tokens: np.ndarray) -> tuple[int, ...]:
     return min(((*chosen, run.max_length) for chosen in choices), key=cost)
 
 
+def model_of(run: RunConfig) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """(graph, what trains, the rest) of the run's model before its first step."""
+    rngs = nnx.Rngs(run.seed)
+    model = model_named(run.model).load(
+        task_named(run.task),
+        run.weights,
+        rngs=rngs,
+        dropout=run.dropout,
+        dtype=jnp.dtype(run.dtype),
+        remat=run.remat,
+    )
+    return split(model, run, rngs)
+
+
 def build(run: RunConfig, loaded: Data, devices: Devices = ONE) -> tuple[Setup, nnx.State]:
     """The run's setup and initial trainable parameters, all from its configuration."""
     with devices.loading():
-        rngs = nnx.Rngs(run.seed)
-        model = model_named(run.model).load(
-            task_named(run.task),
-            run.weights,
-            rngs=rngs,
-            dropout=run.dropout,
-            dtype=jnp.dtype(run.dtype),
-            remat=run.remat,
-        )
-        graph, params, frozen = split(model, run, rngs)
+        graph, params, frozen = model_of(run)
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     decoder, questions = model_named(run.model).kind == "decoder", None
     if loaded.prompts:
