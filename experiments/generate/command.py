@@ -68,11 +68,13 @@ def prompts_of(settings: Settings) -> list[str]:
     """All that is asked, in order; a ValueError if there is nothing, or an empty prompt."""
     prompts = {} if settings.prompt is None else {"--prompt": settings.prompt}
     if (file := settings.prompts_file) is not None:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        try:
+            lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is no text in UTF-8 ({error}); convert it") from error
         prompts |= {f"{file}, line {number}": line for number, line in enumerate(lines, 1)}
     if not prompts:
-        told = "there is no prompt" if file is None else f"{file} has no line"
-        raise ValueError(f'{told}; ask something with --prompt "..." or --prompts-file FILE')
+        raise ValueError('there is no prompt; give --prompt "..." or --prompts-file FILE')
     for where, prompt in prompts.items():
         if not prompt.strip():
             raise ValueError(f"{where} is empty; write what is asked")
