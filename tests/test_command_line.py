@@ -15,6 +15,7 @@ from experiments.data import glue
 from experiments.exits import reported
 from experiments.finetune import checkpoint, config, run
 from experiments.finetune import command as finetune
+from experiments.generate import command as generate
 from experiments.pod import command as pod
 from experiments.report import page
 from experiments.sweep import command as sweep
@@ -89,7 +90,7 @@ def test_the_flags_of_single_runs_are_checked_too(capsys, tmp_path, flags, messa
     assert message in error_of(capsys, finetune.main, argv)
 
 
-@pytest.mark.parametrize("kind", [config.Command, sweep.Command, pod.Settings])
+@pytest.mark.parametrize("kind", [config.Command, sweep.Command, pod.Settings, generate.Settings])
 def test_every_number_has_a_range(kind):
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():
         if re.search(r"\b(int|float)\b", str(hint)) and "Literal" not in str(hint):

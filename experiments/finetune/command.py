@@ -22,6 +22,7 @@ from experiments.exits import reported
 from experiments.finetune.checkpoint import belongs, collect
 from experiments.finetune.config import AnyGrid, Command, read, runs, shrunk
 from experiments.finetune.devices import devices_of
+from experiments.finetune.export import check as check_export
 from experiments.finetune.hosts import abandon, connect, is_first, once
 from experiments.finetune.methods import method_named
 from experiments.finetune.preemption import STATUS, noticed
@@ -120,4 +121,6 @@ def checked(command: AnyGrid) -> AnyGrid:
         )
     check_folder(command.out, "--out")
     runs(command)
+    if isinstance(command, Command):
+        check_export(command)
     return shrunk(command)

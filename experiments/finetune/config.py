@@ -259,6 +259,9 @@ class Record:
     """Write what metrics.jsonl holds for TensorBoard too."""
     profile_steps: Annotated[tuple[checks.Count, ...] | None, _list_of(int, "FIRST,LAST")] = None
     """Steps to trace with JAX's profiler, into the run's folder."""
+    export: Literal["none", "peft", "merged"] = "none"
+    """Into a complete run's folder, also if it was complete before, for transformers: peft/ with
+    the adapters as PEFT reads them, or merged/ with the whole model."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -133,22 +133,27 @@ def lengths(run: RunConfig, tokens: np.ndarray) -> tuple[int, ...]:
     return min(((*chosen, run.max_length) for chosen in choices), key=cost)
 
 
+def model_of(run: RunConfig) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """(graph, what trains, the rest) of the run's model before its first step."""
+    rngs, spec = nnx.Rngs(run.seed), model_named(run.model)
+    model = spec.load(
+        task_named(run.task),
+        run.weights,
+        rngs=rngs,
+        dropout=run.dropout,
+        dtype=jnp.dtype(run.dtype),
+        remat=run.remat,
+    )
+    if spec.kind == "decoder":
+        model.label_smoothing = run.label_smoothing
+    return split(model, run, rngs)
+
+
 def build(run: RunConfig, loaded: Data, devices: Devices = ONE) -> tuple[Setup, nnx.State]:
     """The run's setup and initial trainable parameters, all from its configuration."""
-    spec, questions = model_named(run.model), None
+    decoder, questions = model_named(run.model).kind == "decoder", None
     with devices.loading():
-        rngs = nnx.Rngs(run.seed)
-        model = spec.load(
-            task_named(run.task),
-            run.weights,
-            rngs=rngs,
-            dropout=run.dropout,
-            dtype=jnp.dtype(run.dtype),
-            remat=run.remat,
-        )
-        if decoder := spec.kind == "decoder":
-            model.label_smoothing = run.label_smoothing
-        graph, params, frozen = split(model, run, rngs)
+        graph, params, frozen = model_of(run)
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     if loaded.prompts:
         about = dialect_of(run), task_named(run.task), decoding_of(run)
