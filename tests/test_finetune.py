@@ -421,7 +421,9 @@ def test_weights_of_a_t5_are_read_from_their_folder(tmp_path):
 
 def test_weights_are_refused_where_they_mean_nothing(tmp_path, capsys):
     assert finetune.main([*tiny(tmp_path), "--weights", "t5-small"]) == 2
-    assert "--weights t5-small is for --model t5; tiny has its own" in capsys.readouterr().err
+    assert (
+        "--weights t5-small is for --model llama or t5; tiny has its own" in capsys.readouterr().err
+    )
     assert finetune.main([*tiny(tmp_path), "--model", "t5", "--weights", str(tmp_path)]) == 2
     assert "does not exist; in the folder there is" in capsys.readouterr().err
 
