@@ -377,7 +377,7 @@ def test_a_length_is_compiled_for_only_where_it_saves_more_padding():
     assert prepare.lengths(run_config(max_length=128), few) == (64, 128)
     assert prepare.lengths(run_config(max_length=40), np.arange(200))[-1] == 40
     many = np.tile(np.arange(1, 129), 10_000)
-    assert prepare.lengths(run_config(max_length=128), many) == BUCKETS
+    assert prepare.lengths(run_config(max_length=128), many) == BUCKETS[:6]
 
 
 def test_subsets_are_seeded_and_nested_in_the_split():
