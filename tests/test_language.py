@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+import os
+import pathlib
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -18,6 +22,7 @@ from experiments.models.language import CHUNK, LanguageModel
 from experiments.models.llama import Llama
 from experiments.sweep import command as sweep
 
+ROOT = pathlib.Path(__file__).parents[1]
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -203,6 +208,22 @@ class _stops_at:  # noqa: N801
 
     def __exit__(self, *_):
         return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", ["1", "2"])
+def test_two_devices_learn_and_write_what_one_does(trained, tmp_path, fsdp):
+    given = ["--methods", "lorapro-factored", "--learning-rates", "1e-2"]
+    argv = flags(tmp_path, *given, "--devices", "2", "--fsdp", fsdp)
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+    command = [sys.executable, "-m", "experiments.finetune", *argv]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (results(out)["lorapro-factored"] for out in (trained, tmp_path))
+    assert two["devices"] == 2
+    assert two["final"]["loss"] == pytest.approx(one["final"]["loss"], abs=1e-3)
+    before = [[sample["before"] for sample in result["samples"]] for result in (one, two)]
+    assert before[0] == before[1]
 
 
 @pytest.mark.slow
