@@ -186,14 +186,14 @@ class Llama(nnx.Module):
         """(x after all layers, their keys and values).
 
         Layers run as functions of their parameters, so that any transformation can go around; what
-        else they hold, the counts of a dropout's keys, is given back to them.
+        they change, the counts of a dropout's keys, is given back to them.
         """
 
         def layer(graph, x_BTD, states):
             params, others, past = states
             module = nnx.merge(graph, params, others)
             x_BTD, read = module(x_BTD, turns, seen_BTS, past, index)
-            return self._placed(x_BTD), (nnx.state(module, nnx.Not(nnx.Param)), read)
+            return self._placed(x_BTD), (nnx.state(module, nnx.RngState), read)
 
         def run(module, x_BTD, past):
             graph, *states = nnx.split(module, nnx.Param, ...)
@@ -201,8 +201,8 @@ class Llama(nnx.Module):
             if self.remat and past is None:
                 call = jax.checkpoint(call)
             given = x_BTD, (*states, past)
-            x_BTD, (others, read) = jax.lax.scan(call, *given) if self.scanned else call(*given)
-            nnx.update(module, others)
+            x_BTD, (counts, read) = jax.lax.scan(call, *given) if self.scanned else call(*given)
+            nnx.update(module, counts)
             return x_BTD, read
 
         if self.scanned:

@@ -25,7 +25,7 @@ def opened() -> llama_gguf.Gguf:
 
 
 def load(found: llama_gguf.Gguf | None = None, **options) -> Llama:
-    """The model; the options are `Llama`'s."""
+    """The model; the options are those of `llama_gguf.load`."""
     return llama_gguf.load(found or opened(), **options)
 
 
