@@ -17,7 +17,7 @@ from experiments.data.language import Exchange, question
 from experiments.finetune import command as finetune
 from experiments.finetune import config, language, prepare
 from experiments.finetune.methods import METHODS
-from experiments.models import decoders, exchanges
+from experiments.models import decoders, exchanges, llama_files
 from experiments.models.language import CHUNK, LanguageModel
 from experiments.models.llama import Llama
 from experiments.sweep import command as sweep
@@ -257,9 +257,25 @@ def test_a_file_of_ones_own_is_learnt_and_belongs_to_the_run(capsys, tmp_path):
     assert f"{file}:41" in capsys.readouterr().err
 
 
+def test_a_quantised_base_is_learnt_on_in_a_fraction_of_its_bytes(trained, tmp_path):
+    given = ["--methods", "lora", "--learning-rates", "1e-2", "--quantize", "nf4"]
+    assert finetune.main(flags(tmp_path, *given, "--export", "merged")) == 0
+    (result,) = results(tmp_path).values()
+    dense = results(trained)["lora"]
+    assert result["final"]["loss"] < result["evaluations"][0]["loss"] - 0.05
+    assert result["final"]["loss"] == pytest.approx(dense["final"]["loss"], abs=0.3)
+    kernels = 3 * (32 * (32 + 16 + 16 + 32) + 3 * 32 * 48)  # of three layers
+    saved = dense["frozen_bytes"] - result["frozen_bytes"]
+    assert saved == kernels * 4 - kernels // 2 - kernels // decoders.TINY_TILE * 4
+    (folder,) = tmp_path.glob("*/merged")
+    assert llama_files.load(folder).layers[0].q.kernel.shape == (32, 32)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        (["--methods", "full", "--quantize", "nf4"], "which --quantize nf4 holds as integers"),
+        (["--model", "tiny", "--quantize", "int8"], "tiny is none"),
         (["--task", "sst2"], "--task sst2 is not for --model llama-tiny, whose tasks are docstr"),
         (["--model", "tiny", "--task", "e2e"], "--task e2e is not for --model tiny"),
         (["--model", "tiny", "--data", "x.jsonl"], "--data x.jsonl is for a language model"),

@@ -20,6 +20,7 @@ import tyro
 from experiments import checks, storage
 from experiments.data.tasks import LANGUAGE, OWN_DATA, TASKS
 from experiments.models import get as model_named
+from experiments.models.quantized import Kind
 
 # The paper trains one epoch of 3,668 to 392,702 examples. `pydoc` has a few thousand, and one
 # command with four methods is to end within six minutes on two CPU cores.
@@ -88,6 +89,8 @@ class Model:
     """The backward pass computes every layer anew, for memory (XLA undoes it on a CPU)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the activations; parameters and optimizer state are float32."""
+    quantize: Literal["none", "nf4", "int4", "int8"] = "none"
+    """QLoRA: hold the frozen kernels of a language model in blocks of 4 or 8 bits."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -407,6 +410,11 @@ def _task_of(command: Grid) -> str:
             f"--task {command.task} is not for --model {command.model}, whose tasks are {fitting}"
         )
     return command.task
+
+
+def kind_of(asked: Model) -> Kind | None:
+    """What --quantize says; None: the kernels are dense."""
+    return None if asked.quantize == "none" else asked.quantize
 
 
 def _digest(*files: str | None) -> str | None:

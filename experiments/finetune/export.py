@@ -14,12 +14,13 @@ from flax import nnx
 
 import lorapro_jax as lp
 from experiments import storage
-from experiments.finetune.config import Command, RunConfig
+from experiments.finetune.config import Command, RunConfig, kind_of
 from experiments.finetune.methods import method_named
 from experiments.finetune.prepare import dialect_of
 from experiments.finetune.trained import names_of, trained
 from experiments.models import MODELS, llama_files, llama_peft, smollm2, t5_files
 from experiments.models import get as model_named
+from experiments.models.quantized import dequantize
 
 _TASK_TYPES = {"decoder": "CAUSAL_LM", "text-to-text": "SEQ_2_SEQ_LM"}  # PEFT's, of our kinds
 
@@ -100,6 +101,8 @@ def base_of(run: RunConfig) -> tuple[str | None, str | None]:
 
 
 def _merged(model: nnx.Module, run: RunConfig, folder: pathlib.Path) -> None:
+    if kind_of(run) is not None:
+        dequantize(model.llama)
     if method_named(run.method).adapted:
         lp.nnx.merge_lora(model)
     spec = model_named(run.model)

@@ -16,7 +16,7 @@ from experiments.data.language import Exchange
 from experiments.data.prompts import PROMPTS
 from experiments.data.task import Example
 from experiments.data.tasks import load_task, task_named
-from experiments.finetune.config import RunConfig
+from experiments.finetune.config import RunConfig, kind_of
 from experiments.finetune.devices import ONE, Devices
 from experiments.finetune.evaluate import metrics
 from experiments.finetune.language import (
@@ -136,6 +136,7 @@ def lengths(run: RunConfig, tokens: np.ndarray) -> tuple[int, ...]:
 def model_of(run: RunConfig) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """(graph, what trains, the rest) of the run's model before its first step."""
     rngs, spec = nnx.Rngs(run.seed), model_named(run.model)
+    decoder = spec.kind == "decoder"
     model = spec.load(
         task_named(run.task),
         run.weights,
@@ -143,8 +144,9 @@ def model_of(run: RunConfig) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
         dropout=run.dropout,
         dtype=jnp.dtype(run.dtype),
         remat=run.remat,
+        **({"quantized": kind_of(run)} if decoder else {}),
     )
-    if spec.kind == "decoder":
+    if decoder:
         model.label_smoothing = run.label_smoothing
     return split(model, run, rngs)
 

@@ -25,6 +25,7 @@ from experiments.finetune.prepare import Data, build, load_data
 from experiments.finetune.progress import logged, shown
 from experiments.finetune.train import DivergedError, History, Rhythm, Setup, train
 from experiments.finetune.trained import names_of
+from experiments.models.quantized import nbytes
 from experiments.provenance import provenance
 from experiments.storage import Path, locked
 
@@ -208,8 +209,7 @@ def sizes_of(setup: Setup, params: nnx.State) -> dict[str, int]:
     state = jax.eval_shape(setup.programs.init, params)
     trees = {"trainable_bytes": params, "optimizer_state_bytes": state}
     return {"trainable_parameters": sum(x.size for x in jax.tree.leaves(params))} | {
-        name: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-        for name, tree in (trees | {"frozen_bytes": setup.frozen}).items()
+        name: nbytes(tree) for name, tree in (trees | {"frozen_bytes": setup.frozen}).items()
     }
 
 
