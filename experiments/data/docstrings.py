@@ -6,7 +6,6 @@ and with it the number of rows, differs between versions.
 """
 
 import ast
-import functools
 import os
 import pathlib
 import sysconfig
@@ -42,7 +41,6 @@ class Pair(NamedTuple):
     summary: str  # the docstring's first line
 
 
-@functools.lru_cache(maxsize=1)  # parsing the library takes seconds
 def load(seed: int = 0) -> Splits[Exchange]:
     """The task drawn with `seed`: which modules validate, and the order of the rows."""
     rng = np.random.Generator(np.random.PCG64([seed, *b"docstrings"]))
