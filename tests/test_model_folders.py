@@ -46,9 +46,11 @@ def shards(weight_map) -> bytes:
     return json.dumps({"weight_map": weight_map}).encode()
 
 
+COPY = "encoder.embed_tokens.weight"  # is read before names are compared
 TWICE = ", ".join(
     f'"a": {{"dtype": "F32", "shape": [1], "data_offsets": [{i}, {i + 4}]}}' for i in (0, 4)
 )
+FLOAT8 = '{"dtype": "F8_E4M3", "shape": [1], "data_offsets": [0, 1]}'
 BAD = {  # what is wrong -> (the file, its content, what the message says besides the file's name)
     "config empty": (CONFIG, b"", "the file is damaged"),
     "config cut": (CONFIG, config()[:-9], "the file is damaged"),
@@ -86,7 +88,7 @@ BAD = {  # what is wrong -> (the file, its content, what the message says beside
     "weights of text": (WEIGHTS, b"<html>not found</html>", "damaged or cut short"),
     "header a list": (WEIGHTS, raw("[]"), "damaged or cut short"),
     "float8": (
-        WEIGHTS, raw('{"a": {"dtype": "F8_E4M3", "shape": [1], "data_offsets": [0, 1]}}', b"0"),
+        WEIGHTS, raw(f'{{"{COPY}": {FLOAT8}}}', b"0"),
         "dtype that NumPy lacks",
     ),
     "a name twice": (WEIGHTS, raw(f"{{{TWICE}}}", bytes(8)), "damaged or cut short"),

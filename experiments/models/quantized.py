@@ -10,7 +10,7 @@ scanned. The embedding, the head, norms and biases stay as they are.
 A layer stays an nnx.Linear, so that it can be adapted: `kernel[...]` is the blocks, with the dense
 kernel's shape and dtype, and the layer's `dot_general` dequantises them when its inputs are there,
 and again in the backward pass. No dense kernel is kept from one to the other. On a CPU that holds
-of scanned layers only: its compiler computes those of all listed layers once, before the first.
+of scanned layers only: what its compiler makes of listed ones has all dense kernels at once.
 
 Dettmers et al., arXiv:2305.14314: QLoRA, and nf4 in its appendix E; its second quantisation, of the
 scales, is left out.
@@ -60,7 +60,7 @@ def _promoted(args: tuple, *, dtype: Any = None) -> tuple:
 
 
 def _dense(blocks: qwix.QArray) -> jax.Array:
-    """What `qwix.dequantize` gives; its gather of nf4's values is slow on a TPU, a sum is fused."""
+    """What `qwix.dequantize` gives; a TPU's compiler fuses this sum, not that gather of values."""
     numbers, scale = blocks.qvalue, blocks.scale
     if blocks.qtype == "nf4":
         numbers = numbers.astype(jnp.uint8)
