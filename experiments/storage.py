@@ -103,6 +103,19 @@ def write_atomic(path: Path, data: bytes, what: str) -> None:
             raise
 
 
+@contextlib.contextmanager
+def new_folder(path: pathlib.Path, what: str) -> Iterator[pathlib.Path]:
+    """Yields an empty folder that is renamed to `path` when the block is through, else removed."""
+    with explained(what, path):
+        temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            remove_tree(temporary)
+
+
 def write_json(path: Path, value: Any, what: str) -> None:
     """Writes one line of JSON atomically; NaN and infinity are refused, JSON has none."""
     write_atomic(path, (json.dumps(value, allow_nan=False) + "\n").encode(), what)

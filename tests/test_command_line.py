@@ -15,6 +15,7 @@ from experiments.data import glue
 from experiments.exits import reported
 from experiments.finetune import checkpoint, config, run
 from experiments.finetune import command as finetune
+from experiments.generate import command as generate
 from experiments.pod import command as pod
 from experiments.report import page
 from experiments.sweep import command as sweep
@@ -67,9 +68,9 @@ FLAGS = ["--model", "tiny", "--methods", "lora"]
         ),
         (["--config", "t5"], "unknown configuration 't5'; did you mean 't5_glue'?"),
         (["--smoke", "--task", "colla"], "unknown task 'colla'; did you mean 'cola'?"),
-        (["--smoke", "--model", "minilmm"], "unknown model 'minilmm'; did you mean 'minilm'?"),
+        (["--smoke", "--model", "minilmm"], "unknown model 'minilmm'; did you mean 'minilm' or"),
         (["--smoke", "--model", "t5x"], "unknown model 't5x'; did you mean 't5'"),
-        (["--smoke", "--weights", "t5-base"], "--weights t5-base is for --model t5"),
+        (["--smoke", "--weights", "t5-base"], "--weights t5-base is for --model llama or t5"),
     ],
 )
 def test_a_bad_name_or_number_is_refused_at_the_door(capsys, tmp_path, main, flags, message):
@@ -89,7 +90,7 @@ def test_the_flags_of_single_runs_are_checked_too(capsys, tmp_path, flags, messa
     assert message in error_of(capsys, finetune.main, argv)
 
 
-@pytest.mark.parametrize("kind", [config.Command, sweep.Command, pod.Settings])
+@pytest.mark.parametrize("kind", [config.Command, sweep.Command, pod.Settings, generate.Settings])
 def test_every_number_has_a_range(kind):
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():
         if re.search(r"\b(int|float)\b", str(hint)) and "Literal" not in str(hint):
@@ -149,7 +150,9 @@ def test_the_help_has_groups_and_every_flag(capsys):
         config.read(["--help"], "")
     shown = capsys.readouterr().out
     groups = re.findall(r"^\W*(\w+) options\b", shown, re.MULTILINE)
-    assert groups == ["run", "model", "data", "adapter", "optimizer", "record", "device"]
+    assert groups == [
+        "run", "model", "data", "answers", "adapter", "optimizer", "record", "device"
+    ]  # fmt: skip
     for name in typing.get_type_hints(config.Command):
         assert f"--{name.replace('_', '-')}" in shown
 

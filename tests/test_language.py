@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+import os
+import pathlib
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,11 +17,12 @@ from experiments.data.language import Exchange, question
 from experiments.finetune import command as finetune
 from experiments.finetune import config, language, prepare
 from experiments.finetune.methods import METHODS
-from experiments.models import decoders, exchanges
+from experiments.models import decoders, exchanges, llama_files
 from experiments.models.language import CHUNK, LanguageModel
 from experiments.models.llama import Llama
 from experiments.sweep import command as sweep
 
+ROOT = pathlib.Path(__file__).parents[1]
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -108,6 +113,11 @@ def test_the_loss_is_the_cross_entropy_of_the_learnt_tokens(length):
                 counts[r] += 1
     found = np.asarray(nnx.jit(model)(tokens, mask, segments))
     np.testing.assert_allclose(found, np.stack([sums, counts], axis=1), rtol=2e-5, atol=1e-5)
+    model.label_smoothing = 0.25
+    losses, weights = map(np.asarray, nnx.jit(LanguageModel.losses)(model, tokens, mask, segments))
+    smoothed = np.full((257, 257), 0.25 / 257) + 0.75 * np.eye(257)
+    expected = -np.sum(smoothed[np.roll(tokens, -1, axis=1)] * logs, axis=-1)
+    np.testing.assert_allclose(losses * weights, expected * weights, rtol=2e-5, atol=1e-5)
     scores = language.loss_scores(found, np.zeros(3))
     assert scores["loss"] == pytest.approx(sums.sum() / counts.sum(), rel=2e-5)
     assert scores["perplexity"] == pytest.approx(np.exp(scores["loss"]))
@@ -201,6 +211,22 @@ class _stops_at:  # noqa: N801
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fsdp", ["1", "2"])
+def test_two_devices_learn_and_write_what_one_does(trained, tmp_path, fsdp):
+    given = ["--methods", "lorapro-factored", "--learning-rates", "1e-2"]
+    argv = flags(tmp_path, *given, "--devices", "2", "--fsdp", fsdp)
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+    command = [sys.executable, "-m", "experiments.finetune", *argv]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (results(out)["lorapro-factored"] for out in (trained, tmp_path))
+    assert two["devices"] == 2
+    assert two["final"]["loss"] == pytest.approx(one["final"]["loss"], abs=1e-3)
+    before = [[sample["before"] for sample in result["samples"]] for result in (one, two)]
+    assert before[0] == before[1]
+
+
+@pytest.mark.slow
 def test_runs_of_a_sweep_have_the_losses_they_have_alone(trained, tmp_path):
     given = flags(tmp_path, "--methods", "lora", "--learning-rates", "1e-3,1e-2")
     assert sweep.main(given) == 0
@@ -231,9 +257,25 @@ def test_a_file_of_ones_own_is_learnt_and_belongs_to_the_run(capsys, tmp_path):
     assert f"{file}:41" in capsys.readouterr().err
 
 
+def test_a_quantised_base_is_learnt_on_in_a_fraction_of_its_bytes(trained, tmp_path):
+    given = ["--methods", "lora", "--learning-rates", "1e-2", "--quantize", "nf4"]
+    assert finetune.main(flags(tmp_path, *given, "--export", "merged")) == 0
+    (result,) = results(tmp_path).values()
+    dense = results(trained)["lora"]
+    assert result["final"]["loss"] < result["evaluations"][0]["loss"] - 0.05
+    assert result["final"]["loss"] == pytest.approx(dense["final"]["loss"], abs=0.3)
+    kernels = 3 * (32 * (32 + 16 + 16 + 32) + 3 * 32 * 48)  # of three layers
+    saved = dense["frozen_bytes"] - result["frozen_bytes"]
+    assert saved == kernels * 4 - kernels // 2 - kernels // decoders.TINY_TILE * 4
+    (folder,) = tmp_path.glob("*/merged")
+    assert llama_files.load(folder).layers[0].q.kernel.shape == (32, 32)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        (["--methods", "full", "--quantize", "nf4"], "which --quantize nf4 holds as integers"),
+        (["--model", "tiny", "--quantize", "int8"], "tiny is none"),
         (["--task", "sst2"], "--task sst2 is not for --model llama-tiny, whose tasks are docstr"),
         (["--model", "tiny", "--task", "e2e"], "--task e2e is not for --model tiny"),
         (["--model", "tiny", "--data", "x.jsonl"], "--data x.jsonl is for a language model"),
@@ -246,6 +288,7 @@ def test_a_file_of_ones_own_is_learnt_and_belongs_to_the_run(capsys, tmp_path):
         (["--max-length", "5000"], "more than the model's context, 1024 positions"),
         (["--max-length", "8"], "examples have more than --max-length 8 tokens"),
         (["--targets", "nothing"], "targets"),
+        (["--model", "tiny", "--label-smoothing", "0.1"], "tiny is none"),
     ],
 )
 def test_what_does_not_fit_is_told_in_a_line(capsys, tmp_path, given, message):

@@ -1,6 +1,7 @@
-"""The decoder against numpy; its layers listed or scanned; packed rows; the cache; greedy decoding.
+"""The decoder against numpy; its layers listed or scanned; packed rows; the cache.
 
-What it reads: test_llama_files. Beside transformers: test_llama_interop.
+What it reads: test_llama_files. What it writes: test_llama_decode. Beside transformers:
+test_llama_interop.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments.models import llama, llama_decode, llama_files
+from experiments.models import llama, llama_files
 from experiments.models.llama_config import TINY, LlamaConfig, RopeScaling
 
 SCALING = RopeScaling(8.0, 1.0, 4.0, 32)  # of frequencies that turn 1, 0.16, 0.1 and 0.05 times
@@ -28,7 +29,7 @@ DTYPE = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
 EXACT = {"atol": 1e-10 if jnp.float64 == DTYPE else 3e-5}
 
 
-def made(config, rank=4, dtype=None, **options):
+def made(config, rank=4, dtype=None, seed=0, **options):
     """A model all of whose parameters are random, the adapters', norms' and biases' too."""
     options |= dict.fromkeys(("dtype", "param_dtype"), dtype or DTYPE)
 
@@ -39,7 +40,7 @@ def made(config, rank=4, dtype=None, **options):
         return model
 
     graph, shapes = nnx.split(nnx.eval_shape(build))
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.3, x.dtype), shapes)
     if not options.get("scanned"):
         return nnx.merge(graph, params)
@@ -180,29 +181,6 @@ def test_the_cache_changes_nothing(config, scanned):
         np.testing.assert_allclose(found[row, 9 - length :], alone, **EXACT)
 
 
-@pytest.mark.parametrize("scanned", [False, True])
-def test_greedy_decoding_takes_the_likeliest_token_until_a_row_ends(scanned):
-    rows = [list(TOKENS[0, :3]), list(TOKENS[1, :7])]
-    expected = [slow(made(LLAMA3), row, 8) for row in rows]
-    ends = expected[0][3], expected[1][5]  # the first row ends early, the second one late
-    config = dataclasses.replace(LLAMA3, eos_token_ids=tuple({int(x) for x in ends}))
-    model = made(config, scanned=scanned)
-    tokens, mask = llama_decode.padded(rows, 8)
-    assert tokens.shape == (2, 8)
-    decode = nnx.jit(llama_decode.greedy, static_argnames="steps")
-    found = decode(model, jnp.asarray(tokens), jnp.asarray(mask), 8)
-    for row, whole in zip(np.asarray(found), expected, strict=True):
-        first = next(i for i, token in enumerate(whole) if token in config.eos_token_ids)
-        np.testing.assert_array_equal(row, whole[: first + 1] + [whole[first]] * (7 - first))
-
-
-def slow(model, row, steps):
-    row = list(row)
-    for _ in range(steps):
-        row.append(likeliest(model, row))
-    return row[-steps:]
-
-
 def likeliest(model, row):
     """The next token, without a cache; what pads the row lies behind and changes nothing."""
     tokens = np.zeros((1, TINY.max_position_embeddings), np.int32)
@@ -299,18 +277,9 @@ def test_the_published_number_of_parameters(name):
 def test_positions_over_the_context_are_refused():
     model = llama.Llama(TINY, rngs=nnx.Rngs(0))
     long = jnp.zeros((1, 65), jnp.int32)
-    mask = jnp.ones((1, 60), bool)
-    for call in (
-        lambda: model(long),
-        lambda: model.empty_cache(1, 65),
-        lambda: llama_decode.greedy(model, long[:, :60], mask, 5),
-    ):
+    for call in (lambda: model(long), lambda: model.empty_cache(1, 65)):
         with pytest.raises(ValueError, match="65 positions; .* context.* has 64: shorten"):
             call()
-    with pytest.raises(ValueError, match="steps is 0"):
-        llama_decode.greedy(model, long[:, :60], mask, 0)
-    with pytest.raises(ValueError, match=r"prompts have \[1, 0\] tokens"):
-        llama_decode.padded([[1], []])
 
 
 def test_a_cache_without_room_is_refused():

@@ -6,6 +6,8 @@ logits of random models within 1.2e-5 (of 6), gradients within 1.5e-6 (of 0.6); 
 1.1e-4 (of 39) and 7.5e-5 (of 4.6).
 """
 
+import dataclasses
+import functools
 import os
 import re
 
@@ -168,15 +170,43 @@ def test_greedy_decoding_token_for_token(pair):
     np.testing.assert_array_equal(decoded(ours, tokens, mask), generated(theirs, tokens, mask))
 
 
-def generated(model, tokens, mask, steps=STEPS):
+@pytest.mark.parametrize("pair", ["llama3", "smollm2", "qwen3"], indirect=True)
+def test_beam_search_token_for_token(pair):
+    """Where the ban changes texts; without ends, and with ends that come early and late."""
+    theirs, ours = pair
+    tokens, mask = batch(SIZES["vocab_size"], (5, 17, 11, 3, 14, 8, 17, 6))
+    options = {"num_beams": 4, "length_penalty": 0.8, "early_stopping": False}
+    plain = generated(theirs, tokens, mask, 32, **options)
+    options["no_repeat_ngram_size"] = 4
+    endless = generated(theirs, tokens, mask, 32, **options)
+    assert (plain != endless).any()
+    ends = int(endless[1, 24]), int(endless[3, 16])
+    expected = generated(theirs, tokens, mask, 32, **options, eos_token_id=list(ends))
+    search = functools.partial(decoded, beams=4, length_penalty=0.8, no_repeat_ngram=4)
+    np.testing.assert_array_equal(search(ours, tokens, mask, 32), endless)
+    ours.config = dataclasses.replace(ours.config, eos_token_ids=ends)
+    found = [up_to_end(row, ends) for row in search(ours, tokens, mask, 32)]
+    assert len({len(row) for row in found}) >= 4
+    for row, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(row, up_to_end(other, ends))
+
+
+def up_to_end(row, ends):
+    """What follows, transformers pads with its first end, and we with the row's."""
+    places = np.flatnonzero(np.isin(row, ends))
+    return row[: places[0] + 1] if places.size else row
+
+
+def generated(model, tokens, mask, steps=STEPS, **options):
     given = {"input_ids": torch.tensor(tokens).long(), "attention_mask": torch.tensor(mask).long()}
-    found = model.generate(**given, max_new_tokens=steps, do_sample=False, num_beams=1)
-    return found[:, tokens.shape[1] :].numpy()
+    options = {"num_beams": 1, "do_sample": False, "max_new_tokens": steps} | options
+    return model.generate(**given, **options)[:, tokens.shape[1] :].numpy()
 
 
-def decoded(model, tokens, mask, steps=STEPS):
-    decode = nnx.jit(llama_decode.greedy, static_argnames="steps")
-    return np.asarray(decode(model, jnp.asarray(tokens), jnp.asarray(mask), steps))
+def decoded(model, tokens, mask, steps=STEPS, **options):
+    decode = nnx.jit(llama_decode.decode, static_argnames="decoding")
+    decoding = llama_decode.Decoding(steps, **options)
+    return np.asarray(decode(model, jnp.asarray(tokens), jnp.asarray(mask), decoding))
 
 
 def test_transformers_reads_what_save_writes(pair, tmp_path):

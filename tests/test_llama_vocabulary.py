@@ -152,12 +152,13 @@ def test_texts_are_completed_up_to_an_end_or_the_last_step(tmp_path):
     model = llama_gguf.load(write_gguf(file, "llama", SIZES, keys=keys), scanned=True)
     expected = [[t for t in continued(model, row) if t != plain[4]] for row in rows]
     assert len(expected[1]) <= 4
-    found = llama_decode.complete(model, tokenizer, prompts, steps)  # 40 + 20 of 64 positions
+    decoding = llama_decode.Decoding(steps)  # 40 + 20 of 64 positions
+    found = llama_decode.complete(model, tokenizer, prompts, decoding)
     assert found == [tokenizer.decode(row) for row in expected]
     with pytest.raises(ValueError, match="65 positions; .*context"):
-        llama_decode.complete(model, tokenizer, prompts, 25)
+        llama_decode.complete(model, tokenizer, prompts, llama_decode.Decoding(25))
     with pytest.raises(ValueError, match=r"prompts have \[6, 0\] tokens"):
-        llama_decode.complete(model, tokenizer, ["abcdef", ""], 1)
+        llama_decode.complete(model, tokenizer, ["abcdef", ""], llama_decode.Decoding(1))
 
 
 # Chats

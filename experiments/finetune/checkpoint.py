@@ -1,6 +1,7 @@
 """A run folder that a SIGKILL at any moment leaves whole: each file is there or not, never half.
 
     config.json        the run's configuration, written first: the folder belongs to it alone
+    lora_config.json   what the adapters are, of a run that has some
     checkpoints/<step> Orbax: trainable parameters and optimizer state; JSON: position in the data,
                        losses, evaluations and seconds so far; the SHA-256 of all these files. Of a
                        run that diverged the last is of the step before
@@ -8,6 +9,7 @@
                        asked for
     final.safetensors  the trained parameters; none of a run that diverged
     result.json        the result, written last: a folder that has it is complete
+    peft/ and merged/  of a complete run, if asked for (`experiments.finetune.export`)
 
 The frozen base is not saved: the model's package and the seed give it back. Nor is a random key:
 every step derives its own from (seed, step). So a run ends with the same parameters from whichever
@@ -49,7 +51,10 @@ _TRIES = 20  # to remove a folder that is still written to, a tenth of a second 
 def claim(folder: storage.Path, run: RunConfig) -> None:
     """Makes `folder` the run's; a ValueError if it belongs to another configuration."""
     for left in storage.found(folder, f"*{storage.PARTIAL}"):
-        left.unlink(missing_ok=True)
+        if left.is_dir():
+            storage.remove_tree(left)
+        else:
+            left.unlink(missing_ok=True)
     if not belongs(folder, run):
         write_json(folder / CONFIG, dataclasses.asdict(run), "the run's configuration")
 

@@ -20,14 +20,16 @@ from rich.console import Console
 
 from experiments.exits import reported
 from experiments.finetune.checkpoint import belongs, collect
-from experiments.finetune.config import AnyGrid, Command, read, runs, shrunk
+from experiments.finetune.config import AnyGrid, Command, kind_of, read, runs, shrunk
 from experiments.finetune.devices import devices_of
+from experiments.finetune.export import check as check_export
 from experiments.finetune.hosts import abandon, connect, is_first, once
 from experiments.finetune.methods import method_named
 from experiments.finetune.preemption import STATUS, noticed
 from experiments.finetune.run import Session, divergence, run_or_read
 from experiments.finetune.train import PreemptedError
 from experiments.models import get as model_named
+from experiments.models.quantized import check_trainable
 from experiments.report import samples
 from experiments.report.plots import draw
 from experiments.report.summary import summarise
@@ -105,9 +107,11 @@ def write_all(out: Path) -> list[Path]:
 
 def checked(command: AnyGrid) -> AnyGrid:
     """The command, its names and numbers known to be good, with --smoke carried out."""
-    for name in command.methods:
-        method_named(name)
     model = model_named(command.model)
+    if command.quantize != "none" and model.kind != "decoder":
+        raise ValueError(f"--quantize is for a language model; {command.model} is none")
+    for name in command.methods:
+        check_trainable(kind_of(command), name, method_named(name).adapted)
     if command.weights is None:
         command = dataclasses.replace(command, weights=model.weights)
     elif not model.other_weights:
@@ -120,4 +124,6 @@ def checked(command: AnyGrid) -> AnyGrid:
         )
     check_folder(command.out, "--out")
     runs(command)
+    if isinstance(command, Command):
+        check_export(command)
     return shrunk(command)

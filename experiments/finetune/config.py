@@ -20,6 +20,7 @@ import tyro
 from experiments import checks, storage
 from experiments.data.tasks import LANGUAGE, OWN_DATA, TASKS
 from experiments.models import get as model_named
+from experiments.models.quantized import Kind
 
 # The paper trains one epoch of 3,668 to 392,702 examples. `pydoc` has a few thousand, and one
 # command with four methods is to end within six minutes on two CPU cores.
@@ -88,6 +89,8 @@ class Model:
     """The backward pass computes every layer anew, for memory (XLA undoes it on a CPU)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the activations; parameters and optimizer state are float32."""
+    quantize: Literal["none", "nf4", "int4", "int8"] = "none"
+    """QLoRA: hold the frozen kernels of a language model in blocks of 4 or 8 bits."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,6 +108,8 @@ class Data:
     """The same, for validation; None: a tenth of --data, at most 500 lines."""
     plain: bool = False
     """Write prompt and answer of a language model one a line, without its chat template."""
+    label_smoothing: checks.Share = 0.0
+    """Share of a language model's target that is spread over the vocabulary, in training."""
     max_length: Annotated[int, checks.Range(3)] = 128  # [CLS], a token, [SEP]
     """Tokens per example; longer ones are cut, or, of a language model, left out."""
     train_examples: Annotated[int, checks.Range(0)] = 0
@@ -160,7 +165,9 @@ class Optimizer:
     head_learning_rate: checks.Positive | None = None
     """Peak rate of the fresh classification head in the LoRA methods; None: the adapters' rate."""
     warmup_ratio: checks.Share = 0.03
-    """Share of the steps over which the rate rises; then it falls to 0 along a cosine."""
+    """Share of the steps over which the rate rises."""
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """How the rate falls to 0 after that."""
     clip_norm: checks.NotNegative = 1.0
     """Bound on the global norm of the raw gradients; 0: none."""
     weight_decay: Annotated[checks.NotNegative, tyro.conf.arg(aliases=("--wd",))] = 0.0
@@ -212,7 +219,7 @@ class Run:
 
     config: str | None = None
     """A module of experiments/configs, which has the defaults of the other flags:
-    smollm2_docstrings, smollm2_e2e, minilm_pydoc, minilm_sst2 or t5_glue."""
+    smollm2_docstrings, smollm2_e2e, smollm2_e2e_lora_paper, minilm_pydoc, minilm_sst2, t5_glue."""
     smoke: bool = False
     """A few seconds of the same on a random tiny model, and on its embedded task unless data are
     given; it sets epochs, batches, lengths and examples, and takes the first seed."""
@@ -255,6 +262,9 @@ class Record:
     """Write what metrics.jsonl holds for TensorBoard too."""
     profile_steps: Annotated[tuple[checks.Count, ...] | None, _list_of(int, "FIRST,LAST")] = None
     """Steps to trace with JAX's profiler, into the run's folder."""
+    export: Literal["none", "peft", "merged"] = "none"
+    """Into a complete run's folder, also if it was complete before, for transformers: peft/ with
+    the adapters as PEFT reads them, or merged/ with the whole model."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -367,6 +377,8 @@ def runs(command: Grid) -> list[RunConfig]:
     checks.different("--seeds", command.seeds)
     if isinstance(command, Command):
         _check_command(command)
+    if command.label_smoothing and model_named(command.model).kind != "decoder":
+        raise ValueError(f"--label-smoothing is for a language model; {command.model} is none")
     shared["data_sha256"] = _digest(command.data, command.validation_data)
     grid = [
         RunConfig(**shared, method=method, learning_rate=rate, seed=seed)
@@ -398,6 +410,11 @@ def _task_of(command: Grid) -> str:
             f"--task {command.task} is not for --model {command.model}, whose tasks are {fitting}"
         )
     return command.task
+
+
+def kind_of(asked: Model) -> Kind | None:
+    """What --quantize says; None: the kernels are dense."""
+    return None if asked.quantize == "none" else asked.quantize
 
 
 def _digest(*files: str | None) -> str | None:

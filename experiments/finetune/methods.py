@@ -77,15 +77,15 @@ def peaks_of(run: RunConfig) -> Peaks:
     return Peaks(run.learning_rate, run.head_learning_rate or run.learning_rate)
 
 
-def schedule(peak: jax.typing.ArrayLike, warmup_ratio: float, steps: int) -> optax.Schedule:
-    """Linear from 0 to `peak` over the warm-up, then a cosine to 0 at the last of `steps`."""
-    warmup = min(math.ceil(warmup_ratio * steps), steps - 1)
-    # optax.warmup_cosine_decay_schedule, which compares the peak with 0 and so takes no traced one.
-    parts = [
-        optax.linear_schedule(0.0, peak, warmup),
-        optax.cosine_decay_schedule(peak, steps - warmup),
-    ]
-    return optax.join_schedules(parts, [warmup])
+def schedule(run: RunConfig, peak: jax.typing.ArrayLike, steps: int) -> optax.Schedule:
+    """Linear from 0 to `peak` over the warm-up, then to 0 at the last of `steps`."""
+    warmup = min(math.ceil(run.warmup_ratio * steps), steps - 1)
+    # optax.warmup_cosine_decay_schedule compares the peak with 0 and so takes no traced one.
+    if run.schedule == "cosine":
+        fall = optax.cosine_decay_schedule(peak, steps - warmup)
+    else:
+        fall = optax.linear_schedule(peak, 0.0, steps - warmup)
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), fall], [warmup])
 
 
 def optimizer(
@@ -96,9 +96,9 @@ def optimizer(
     `given` stand in for the run's own; the state's structure depends on neither.
     """
     method, peak = method_named(run.method), given or peaks_of(run)
-    tx = method.optimizer(run, schedule(peak.method, run.warmup_ratio, steps))
+    tx = method.optimizer(run, schedule(run, peak.method, steps))
     if method.adapted:
-        head = {HEAD: _adamw(run, schedule(peak.head, run.warmup_ratio, steps))}
+        head = {HEAD: _adamw(run, schedule(run, peak.head, steps))}
         head = head if model_named(run.model).kind == "encoder" else None
         tx = lp.freeze_base(tx, extra=head, layout=layout_of(run))
     return optax.chain(optax.clip_by_global_norm(run.clip_norm), tx) if run.clip_norm else tx

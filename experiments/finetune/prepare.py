@@ -16,7 +16,7 @@ from experiments.data.language import Exchange
 from experiments.data.prompts import PROMPTS
 from experiments.data.task import Example
 from experiments.data.tasks import load_task, task_named
-from experiments.finetune.config import RunConfig
+from experiments.finetune.config import RunConfig, kind_of
 from experiments.finetune.devices import ONE, Devices
 from experiments.finetune.evaluate import metrics
 from experiments.finetune.language import (
@@ -133,21 +133,30 @@ def lengths(run: RunConfig, tokens: np.ndarray) -> tuple[int, ...]:
     return min(((*chosen, run.max_length) for chosen in choices), key=cost)
 
 
+def model_of(run: RunConfig) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """(graph, what trains, the rest) of the run's model before its first step."""
+    rngs, spec = nnx.Rngs(run.seed), model_named(run.model)
+    decoder = spec.kind == "decoder"
+    model = spec.load(
+        task_named(run.task),
+        run.weights,
+        rngs=rngs,
+        dropout=run.dropout,
+        dtype=jnp.dtype(run.dtype),
+        remat=run.remat,
+        **({"quantized": kind_of(run)} if decoder else {}),
+    )
+    if decoder:
+        model.label_smoothing = run.label_smoothing
+    return split(model, run, rngs)
+
+
 def build(run: RunConfig, loaded: Data, devices: Devices = ONE) -> tuple[Setup, nnx.State]:
     """The run's setup and initial trainable parameters, all from its configuration."""
-    with devices.loading():
-        rngs = nnx.Rngs(run.seed)
-        model = model_named(run.model).load(
-            task_named(run.task),
-            run.weights,
-            rngs=rngs,
-            dropout=run.dropout,
-            dtype=jnp.dtype(run.dtype),
-            remat=run.remat,
-        )
-        graph, params, frozen = split(model, run, rngs)
-    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     decoder, questions = model_named(run.model).kind == "decoder", None
+    with devices.loading():
+        graph, params, frozen = model_of(run)
+    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     if loaded.prompts:
         about = dialect_of(run), task_named(run.task), decoding_of(run)
         questions = questions_of(loaded.prompts, *about, devices.count, **share)

@@ -13,16 +13,19 @@ import numpy as np
 from flax import nnx
 from rich.console import Console
 
-from experiments.finetune import checkpoint
+from experiments.finetune import adapter_config, checkpoint
 from experiments.finetune.checkpoint import CHECKPOINTS, Checkpoints
 from experiments.finetune.config import Command, RunConfig
 from experiments.finetune.devices import Devices
+from experiments.finetune.export import export
 from experiments.finetune.hosts import can_go_on_from, is_first, once
 from experiments.finetune.language import headline
 from experiments.finetune.methods import schedule
 from experiments.finetune.prepare import Data, build, load_data
 from experiments.finetune.progress import logged, shown
 from experiments.finetune.train import DivergedError, History, Rhythm, Setup, train
+from experiments.finetune.trained import names_of
+from experiments.models.quantized import nbytes
 from experiments.provenance import provenance
 from experiments.storage import Path, locked
 
@@ -46,14 +49,29 @@ def run_or_read(run: RunConfig, session: Session, title: str) -> dict[str, Any]:
         def opened() -> dict | None:
             held.enter_context(locked(folder))
             checkpoint.claim(folder, run)
+            adapter_config.write(folder, run)
             return checkpoint.read_result(folder)
 
         if (result := once(opened)) is not None:
             ended = "diverged" if "diverged" in result else "complete"
             session.console.print(f"{title}: {ended}, nothing to do ({folder})", soft_wrap=True)
-            return result
-        can_go_on_from(f"the last checkpoint of {folder}")
-        return train_run(run, session, folder, title)
+        else:
+            can_go_on_from(f"the last checkpoint of {folder}")
+            result = train_run(run, session, folder, title)
+        if "diverged" not in result:
+            export_run(run, session, folder, title)
+        return result
+
+
+def export_run(run: RunConfig, session: Session, folder: Path, title: str) -> None:
+    """Writes what --export asks for of a complete run, unless it is there."""
+
+    def written() -> str:
+        with session.devices.loading():
+            return str(export(run, folder, session.command.export))
+
+    if session.command.export != "none":
+        session.console.print(f"{title}: exported to {once(written)}", soft_wrap=True)
 
 
 def train_run(run: RunConfig, session: Session, folder: Path, title: str) -> dict[str, Any]:
@@ -104,7 +122,7 @@ def observed(
         yield lambda history: None
         return
     steps = len(setup.batches)
-    rates = np.asarray(schedule(run.learning_rate, run.warmup_ratio, steps)(np.arange(steps)))
+    rates = np.asarray(schedule(run, run.learning_rate, steps)(np.arange(steps)))
     with (
         shown(session.console, title, steps, run.batch_size) as show,
         logged(folder, rates, tensorboard=session.command.tensorboard) as log,
@@ -133,10 +151,8 @@ def replay(
 
 def named_arrays(params: nnx.State, shared_by: Devices) -> dict[str, np.ndarray]:
     """The leaves as numpy arrays under their paths, for safetensors; asked of every process."""
-    leaves = jax.tree.leaves_with_path(params)
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    arrays = [np.ascontiguousarray(shared_by.gather(leaf)) for _, leaf in leaves]
-    return dict(zip(names, arrays, strict=True))
+    arrays = [np.ascontiguousarray(shared_by.gather(leaf)) for leaf in jax.tree.leaves(params)]
+    return dict(zip(names_of(params), arrays, strict=True))
 
 
 def result_of(
@@ -193,8 +209,7 @@ def sizes_of(setup: Setup, params: nnx.State) -> dict[str, int]:
     state = jax.eval_shape(setup.programs.init, params)
     trees = {"trainable_bytes": params, "optimizer_state_bytes": state}
     return {"trainable_parameters": sum(x.size for x in jax.tree.leaves(params))} | {
-        name: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-        for name, tree in (trees | {"frozen_bytes": setup.frozen}).items()
+        name: nbytes(tree) for name, tree in (trees | {"frozen_bytes": setup.frozen}).items()
     }
 
 

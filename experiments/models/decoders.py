@@ -17,6 +17,7 @@ from experiments.models import smollm2 as package
 from experiments.models.exchanges import Dialect
 from experiments.models.llama import TINY, Llama
 from experiments.models.llama_config import LlamaConfig
+from experiments.models.quantized import Kind, quantize
 
 END = "<|end|>"  # of a tiny model's text
 
@@ -24,7 +25,7 @@ END = "<|end|>"  # of a tiny model's text
 class Source(NamedTuple):
     """A model and how it reads and writes; both take what --weights says."""
 
-    load: Callable[..., Llama]  # (weights, *, rngs, scanned, dtype, remat)
+    load: Callable[..., Llama]  # (weights, *, rngs, scanned, dtype, remat, quantized)
     dialect: Callable[[str | None], Dialect]
 
 
@@ -76,14 +77,18 @@ def _llama_dialect(model: str) -> Dialect:
     return _dialect(llama_files.tokenizer(model), llama_files.chat_template(model), config, file)
 
 
+TINY_TILE = 16  # divides the widths
 TINY_CONFIG = dataclasses.replace(
     TINY, vocab_size=257, max_position_embeddings=1024, eos_token_ids=(256,)
 )
 
 
-def _load_tiny(model: None, *, rngs: nnx.Rngs, **options) -> Llama:
+def _load_tiny(model: None, *, rngs: nnx.Rngs, quantized: Kind | None, **options) -> Llama:
     del model
-    return Llama(TINY_CONFIG, rngs=rngs, **options)
+    made = Llama(TINY_CONFIG, rngs=rngs, **options)
+    if quantized is not None:
+        quantize(made, quantized, TINY_TILE)
+    return made
 
 
 def _tiny_dialect(model: None) -> Dialect:

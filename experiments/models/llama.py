@@ -185,16 +185,16 @@ class Llama(nnx.Module):
     def _through(self, x_BTD, turns, seen_BTS, pasts, index):
         """(x after all layers, their keys and values).
 
-        In a scan and in `jax.checkpoint` layers run as functions of their parameters; what else
-        they hold, the counts of a dropout's keys, is given back to them. Otherwise they are called
-        as they are: Qwix adds its adapters to a module while that is called.
+        In a scan and in `jax.checkpoint` layers run as functions of their parameters; what they
+        change, the counts of a dropout's keys, is given back to them. Otherwise they are called as
+        they are: Qwix adds its adapters to a module while that is called.
         """
 
         def layer(graph, x_BTD, states):
             params, others, past = states
             module = nnx.merge(graph, params, others)
             x_BTD, read = module(x_BTD, turns, seen_BTS, past, index)
-            return self._placed(x_BTD), (nnx.state(module, nnx.Not(nnx.Param)), read)
+            return self._placed(x_BTD), (nnx.state(module, nnx.RngState), read)
 
         def run(module, x_BTD, past):
             graph, *states = nnx.split(module, nnx.Param, ...)
@@ -202,8 +202,8 @@ class Llama(nnx.Module):
             if self.remat and past is None:
                 call = jax.checkpoint(call)
             given = x_BTD, (*states, past)
-            x_BTD, (others, read) = jax.lax.scan(call, *given) if self.scanned else call(*given)
-            nnx.update(module, others)
+            x_BTD, (counts, read) = jax.lax.scan(call, *given) if self.scanned else call(*given)
+            nnx.update(module, counts)
             return x_BTD, read
 
         if self.scanned:

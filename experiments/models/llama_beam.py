@@ -12,6 +12,9 @@ The length counts the new tokens, the end among them. At every step, in every ro
   that the best beam would have if it ended now. With a positive penalty this is a guess: a longer
   text might still do better.
 
+Two things differ from transformers: padding is in no n-gram, and behind its end a text repeats the
+end, not the padding token.
+
 Axes: B rows, K beams, R = B K, C candidates, T columns of the prompt, S of all, V vocabulary.
 """
 

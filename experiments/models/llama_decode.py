@@ -54,11 +54,15 @@ def decode(model: Llama, tokens_BT: jax.Array, mask_BT: jax.Array, decoding: Dec
       ValueError: prompt and new tokens are more than the model's context, or the beams'
         candidates more than its vocabulary.
     """
-    options = dataclasses.asdict(decoding)
-    given = model, tokens_BT, mask_BT, options.pop("max_new_tokens")
-    if decoding.beams > 1:
-        return beam(*given, **options)
-    return greedy(*given, no_repeat_ngram=decoding.no_repeat_ngram)
+    given = model, tokens_BT, mask_BT, decoding.max_new_tokens
+    if decoding.beams == 1:
+        return greedy(*given, no_repeat_ngram=decoding.no_repeat_ngram)
+    return beam(
+        *given,
+        beams=decoding.beams,
+        length_penalty=decoding.length_penalty,
+        no_repeat_ngram=decoding.no_repeat_ngram,
+    )
 
 
 class _Loop(NamedTuple):

@@ -5,8 +5,9 @@ chats tokenizer_config.json or chat_template.jinja.
 """
 
 import pathlib
-from typing import Any
+from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import tokenizers
@@ -15,6 +16,7 @@ from flax import nnx
 from experiments.models import llama_config, weights
 from experiments.models.llama import Llama
 from experiments.models.llama_config import LlamaConfig
+from experiments.models.quantized import TILE, Kind, kind_of, quantize, quantized_kernel
 from experiments.storage import read_json
 
 CHAT_FILE, CHAT = weights.CHAT_FILES
@@ -46,27 +48,33 @@ def load(
     remat: bool = False,
     dtype=jnp.float32,
     param_dtype=jnp.float32,
+    quantized: Kind | None = None,
+    tile: int = TILE,
 ) -> Llama:
     """The pretrained model of a folder, or of NAME@COMMIT on the Hugging Face hub.
 
-    `scanned`, `remat`, `dtype` and `param_dtype` are `Llama`'s.
+    `scanned`, `remat`, `dtype` and `param_dtype` are `Llama`'s; `quantized` and `tile` are the kind
+    and tile of `quantized.quantize`: one tensor at a time is dense.
 
     Raises:
         FileNotFoundError: there is no such folder or name, or a file is missing.
-        ValueError: a file is damaged, of another architecture, or does not fit the config.
+        ValueError: a file is damaged, of another architecture, or does not fit the config; or
+            `tile` does not fit a layer.
     """
     folder = weights.folder_of(model)
     config = LlamaConfig.from_json(weights.there(folder, weights.CONFIG))
     file, tensors = weights.tensors_of(folder)
     # Older files hold the rotations' frequencies; a tied head may be there as a copy.
-    tensors = {k: v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")}
+    for name in [name for name in tensors if name.endswith("rotary_emb.inv_freq")]:
+        del tensors[name]
     if config.tie_word_embeddings:
         _drop_copy(tensors, file)
     options = {"scanned": scanned, "remat": remat, "dtype": dtype, "param_dtype": param_dtype}
-    return filled(config, tensors, tensor_name, file, **options)
+    kept = {"quantized": quantized, "tile": tile}
+    return filled(config, tensors, tensor_name, file, **kept, **options)
 
 
-def _drop_copy(tensors: dict[str, np.ndarray], file: pathlib.Path) -> None:
+def _drop_copy(tensors: weights.Tensors, file: pathlib.Path) -> None:
     head = tensors.pop("lm_head.weight", None)
     if head is not None and not np.array_equal(head, tensors.get("model.embed_tokens.weight")):
         raise ValueError(
@@ -77,41 +85,54 @@ def _drop_copy(tensors: dict[str, np.ndarray], file: pathlib.Path) -> None:
 
 def filled(
     config: LlamaConfig,
-    tensors: dict[str, np.ndarray],
+    tensors: Mapping[str, np.ndarray],
     name_of: weights.TensorName,
     file: pathlib.Path,
     *,
     sizes: str = weights.CONFIG,
     remedy: str = weights.REMEDY,
+    quantized: Kind | None = None,
+    tile: int = TILE,
     **options,
 ) -> Llama:
-    """A `Llama(config, **options)` of the tensors; the rest is as in `weights.filled`."""
-    listed = nnx.eval_shape(lambda: Llama(config, **options | {"scanned": False}, rngs=nnx.Rngs(0)))
+    """A `Llama(config, **options)` of the tensors; the rest as in `load` and `weights.filled`."""
+
+    def made(**options) -> Llama:
+        model = Llama(config, **options, rngs=nnx.Rngs(0))
+        if quantized is not None:
+            quantize(model, quantized, tile)
+        return model
+
+    def held(path: tuple, variable: nnx.Variable) -> nnx.Variable:
+        if quantized is None or path[0] != "layers" or path[-1] != "kernel":
+            return variable
+        return quantized_kernel(variable, quantized, tile)
+
+    graph = nnx.graphdef(nnx.eval_shape(lambda: made(**options)))  # first: refuses what is odd
+    dense = nnx.eval_shape(lambda: Llama(config, **options | {"scanned": False}, rngs=nnx.Rngs(0)))
     params = weights.filled(
-        nnx.state(listed, nnx.Param),
+        nnx.state(dense, nnx.Param),
         tensors,
         name_of,
         what="a decoder",
         file=file,
         remedy=remedy,
         sizes=sizes,
+        held=held,
     )
-    if options.get("scanned"):
-        params = stacked(params)
-    graph = nnx.graphdef(nnx.eval_shape(lambda: Llama(config, **options, rngs=nnx.Rngs(0))))
-    return nnx.merge(graph, params)
+    return nnx.merge(graph, stacked(params) if options.get("scanned") else params)
 
 
 def stacked(params: nnx.State) -> nnx.State:
     """The parameters of listed layers as those of scanned ones: one array, leading axis L."""
-    new: dict[tuple, Any] = {}
+    new: dict[tuple, list] = {}
     for path, variable in nnx.to_flat_state(params):
         if path[0] == "layers":
             path = "layers", *path[2:]
         new.setdefault(path, []).append(variable)
     return nnx.from_flat_state(
         {
-            path: v[0].replace(jnp.stack([x[...] for x in v])) if path[0] == "layers" else v[0]
+            path: jax.tree.map(lambda *x: jnp.stack(x), *v) if path[0] == "layers" else v[0]
             for path, v in new.items()
         }
     )
@@ -140,8 +161,14 @@ def save(
     transformers reads them too.
 
     Raises:
-        ValueError: the model has adapters; merge them first (`lorapro_jax.nnx.merge_lora`).
+        ValueError: the model has adapters; merge them first (`lorapro_jax.nnx.merge_lora`). Or it
+            is quantised.
     """
+    if (kind := kind_of(model)) is not None:
+        raise ValueError(
+            f"the model's kernels are held as {kind}, which a model's file has no place for; "
+            "quantized.dequantize it, then merge_lora it"
+        )
     params = nnx.state(model, nnx.Param)
     files = {} if tokenizer is None else {weights.TOKENIZER: tokenizer.to_str(pretty=True)}
     files |= {} if chat is None else {CHAT_FILE: chat}

@@ -6,6 +6,7 @@ turns (i, i + H/2): they are put back here. Those of Qwen are in our order.
 """
 
 import dataclasses
+import functools
 import pathlib
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import numpy as np
 from experiments.models import llama_files, weights
 from experiments.models.llama import Llama
 from experiments.models.llama_config import FAMILIES, LlamaConfig, RopeScaling
+from experiments.models.quantized import TILE, Kind
 
 REMEDY = "download the file again, or one of another quantisation"
 _ROPE_FACTORS = "rope_freqs.weight"  # what Llama 3.1's frequencies are divided by
@@ -182,22 +184,28 @@ def load(
     remat: bool = False,
     dtype=jnp.float32,
     param_dtype=jnp.float32,
+    quantized: Kind | None = None,
+    tile: int = TILE,
 ) -> Llama:
-    """The pretrained model of a GGUF file; the options are `Llama`'s.
+    """The pretrained model of a GGUF file; the options are those of `llama_files.load`.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, of another architecture or quantisation, lacks a tensor, or has
-            one of another shape than its metadata say.
+            one of another shape than its metadata say; or `tile` does not fit a layer.
     """
     found = file if isinstance(file, Gguf) else opened(file)
     config = config_of(found)
-    tensors = {name: dequantised(found, name) for name in found.tensors if name != _ROPE_FACTORS}
-    if found.family == "llama":
-        for name, tensor in tensors.items():
-            if ".attn_q." in name or ".attn_k." in name:
-                tensors[name] = unturned(tensor, config.head_dim)
+
+    def tensor(name: str) -> np.ndarray:
+        array = dequantised(found, name)
+        turned = found.family == "llama" and (".attn_q." in name or ".attn_k." in name)
+        return unturned(array, config.head_dim) if turned else array
+
+    names = found.tensors.keys() - {_ROPE_FACTORS}
+    tensors = weights.Tensors({name: functools.partial(tensor, name) for name in names})
     options = {"scanned": scanned, "remat": remat, "dtype": dtype, "param_dtype": param_dtype}
+    options |= {"quantized": quantized, "tile": tile}
     told = {"sizes": "its metadata", "remedy": REMEDY}
     return llama_files.filled(config, tensors, tensor_name, found.file, **told, **options)
 

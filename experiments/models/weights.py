@@ -4,12 +4,15 @@ PyTorch keeps a linear's weight as (out, in), a kernel is (in, out): transposed 
 is wrong with a file is a ValueError that names it and ends with a remedy.
 """
 
+import collections
+import contextlib
 import dataclasses
+import functools
 import importlib.util
 import json
 import pathlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
@@ -23,12 +26,24 @@ from experiments.storage import read_json, write_atomic
 
 Config = TypeVar("Config")
 TensorName = Callable[[tuple], str]  # a leaf's path in the model -> its name in the file
+Held = Callable[[tuple, nnx.Variable], nnx.Variable]  # a leaf's path and the leaf -> what is kept
 
 CONFIG, TOKENIZER, WEIGHTS = "config.json", "tokenizer.json", "model.safetensors"
 CHAT_FILES = "chat_template.jinja", "tokenizer_config.json"
 INDEX = "model.safetensors.index.json"
 REMEDY = "copy or download all files of one model again"
 MOST, MOST_LAYERS = 10**9, 1000  # of any size; of layers, each of which is built before it is read
+
+
+class Tensors(collections.UserDict):
+    """Arrays by name; where a function is given in an array's place, it is called when asked for.
+
+    So a large model is never whole in memory as its file has it.
+    """
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        found = self.data[name]
+        return found() if callable(found) else found
 
 
 def folder_of(model: str | pathlib.Path) -> pathlib.Path:
@@ -110,12 +125,12 @@ def _checked(name: str, kind: type, value: Any) -> Any:
     return value
 
 
-def tensors_of(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, np.ndarray]]:
+def tensors_of(folder: pathlib.Path) -> tuple[pathlib.Path, Tensors]:
     """(the file to name in errors, all tensors) of one file, or of the shards of an index."""
     if not (folder / INDEX).is_file():
         file = there(folder, WEIGHTS)
         return file, read(file, REMEDY)
-    index, tensors = folder / INDEX, {}
+    index, tensors = folder / INDEX, Tensors()
     shard_of = read_json(index, (), "an index of shards", REMEDY).get("weight_map")
     shards = set(map(str, shard_of.values())) if isinstance(shard_of, dict) else {str(shard_of)}
     for shard in sorted(shards):
@@ -133,15 +148,27 @@ def tensors_of(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, np.ndarray
     return index, tensors
 
 
-def read(file: pathlib.Path, remedy: str) -> dict[str, np.ndarray]:
-    """Every tensor of a safetensors file, by name.
+def read(file: pathlib.Path, remedy: str) -> Tensors:
+    """Every tensor of a safetensors file, by name; each is read when it is asked for.
 
     Raises:
-        ValueError: the file is damaged, or of a dtype that NumPy lacks. `remedy` says what to do.
+        ValueError: the file is damaged, or, when it is asked for, a tensor of a dtype that NumPy
+            lacks. `remedy` says what to do.
     """
+
+    def tensor(name: str) -> np.ndarray:
+        with _told(file, remedy):
+            return opened.get_tensor(name)
+
+    with _told(file, remedy):
+        opened = safetensors.safe_open(file, "numpy")
+        return Tensors({name: functools.partial(tensor, name) for name in opened.keys()})  # noqa: SIM118
+
+
+@contextlib.contextmanager
+def _told(file: pathlib.Path, remedy: str) -> Iterator[None]:
     try:
-        with safetensors.safe_open(file, "numpy") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        yield
     except (safetensors.SafetensorError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{file} ({file.stat().st_size} bytes) is damaged or cut short, or has a dtype that "
@@ -164,15 +191,18 @@ def read_tokenizer(file: pathlib.Path, remedy: str = REMEDY) -> tokenizers.Token
 
 def filled(
     state: nnx.State,
-    tensors: dict[str, np.ndarray],
+    tensors: Mapping[str, np.ndarray],
     name_of: TensorName,
     *,
     what: str,
     file: pathlib.Path,
     remedy: str,
     sizes: str = CONFIG,
+    held: Held = lambda path, variable: variable,
 ) -> nnx.State:
     """`state` with every leaf replaced by its tensor, in the leaf's dtype.
+
+    `held` turns one leaf into what is kept of it, before the next tensor is read.
 
     Raises:
         ValueError: a tensor is missing, unexpected, of another shape or of integers. `what` says
@@ -206,7 +236,7 @@ def filled(
                 f"{file}: {names[path]} has shape {tensor.shape}, {sizes} asks for {stored}; "
                 f"the two files belong to different models; {remedy}"
             )
-        new[path] = variable.replace(jnp.asarray(array, variable.dtype))
+        new[path] = held(path, variable.replace(jnp.asarray(array, variable.dtype)))
     return nnx.from_flat_state(new)
 
 

@@ -17,7 +17,7 @@ from experiments.finetune.config import RunConfig
 
 NEEDED = ("config", "metric", "final")  # in every record
 LOWER = ("loss", "perplexity")  # of which less is better
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(RunConfig)}
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(RunConfig)}
 
 
 class Row(NamedTuple):
@@ -66,7 +66,7 @@ def read(folder: pathlib.Path) -> list[dict[str, Any]]:
 
 def special(config: dict[str, Any], *without: str) -> str:
     """What a configuration has that is not the default, as JSON: older records lack fields."""
-    told = {k: v for k, v in config.items() if k not in without and _DEFAULTS.get(k, ...) != v}
+    told = {k: v for k, v in config.items() if k not in without and DEFAULTS.get(k, ...) != v}
     return json.dumps(told, sort_keys=True)
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import rich.table
 from rich.box import SIMPLE
 
-from experiments.report.summary import Row, best_rows, groups, is_sweep, rate_text, ties
+from experiments.report.summary import DEFAULTS, Row, best_rows, groups, is_sweep, rate_text, ties
 
 _SPREAD = "Mean ± standard deviation over the seeds."
 
@@ -27,7 +27,9 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     A title has the settings that not all tables have in common.
     """
     found, made = groups(rows), []
-    settings = [{f"{k} {v}" for k, v in json.loads(group[0].settings).items()} for group in found]
+    told = [json.loads(group[0].settings) for group in found]
+    names = set().union(*told)
+    settings = [{f"{name} {(DEFAULTS | own).get(name)}" for name in names} for own in told]
     for group, mine in zip(found, settings, strict=True):
         task, model = group[0].task, group[0].model
         special = mine - set.intersection(*settings) - {f"task {task}", f"model {model}"}

@@ -1,0 +1,1 @@
+"""Texts that a fine-tuned model, or its base, writes after prompts."""
