@@ -1,11 +1,13 @@
 """The benchmarks at tiny sizes."""
 
+import dataclasses
 import json
 
 import jax
 import pytest
 
-from benchmarks import bound, compile_time, t5, timing, tpu, train_step, update
+from benchmarks import bound, compile_time, smollm2, t5, timing, tpu, train_step, update
+from experiments.finetune.methods import METHODS
 from experiments.models.bert import BertConfig
 
 TINY = {"encoder/layers/0/wi": (8, 12), "encoder/layers/1/wi": (8, 12)}
@@ -58,6 +60,30 @@ def test_train_step_measures_both_frameworks(monkeypatch):
     rows = train_step.bounds(train_step.measure(TINY_BERT, 2, 3, 2, 1))
     assert len(rows) == 4
     assert all(row["value"] > 0 for row in rows)
+
+
+def test_smollm2_measures_the_steps_of_the_experiments(tmp_path, monkeypatch):
+    assert set(smollm2.METHODS) == set(METHODS)
+    monkeypatch.setattr(smollm2, "METHODS", ("lora", "lorapro-factored"))
+    out = tmp_path / "smollm2.jsonl"
+    smollm2.main(batch=2, length=8, rounds=1, model="llama-tiny", out=out)
+    lora, factored, bound = map(json.loads, out.read_text().splitlines())
+    assert lora["over_lora"] == 1.0
+    assert factored["over_lora"] == bound["value"] > 0
+    assert (bound["figure"], bound["bound"]) == ("lorapro-factored / lora", "at most 1.03")
+    assert lora["tokens_per_s"] * lora["median_s"] == pytest.approx(2 * 8)
+    assert lora["memory_bytes"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_smollm2s_peer_computes_the_same_loss():
+    pytest.importorskip("peft", reason="Hugging Face PEFT is not installed")
+    sizes = {"model": "llama-tiny", "batch_size": 2, "max_length": 8}
+    run = dataclasses.replace(smollm2.run_of("lora", **sizes), learning_rate=1e-9)
+    rows = smollm2.random_rows(257, 2, 8)
+    ours, theirs = smollm2.ours(run, rows).call(), smollm2.peers(run, rows).call()
+    assert theirs == pytest.approx(ours, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["separate", "stacked"])

@@ -190,13 +190,16 @@ def test_every_chip_holds_its_share_of_llama3_8b(sizes):
     work = pod_work.decoder(llama.LlamaConfig(), 256, 2048, 16)
     linear = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
     norms = 65 * 4096
-    steps = {mode: pod_step.make(work, mode, abstract(*sizes)) for mode in ("lora", "full")}
+    steps = {
+        mode: pod_step.make(work, mode, abstract(*sizes)) for mode in ("lora", "chain", "full")
+    }
     trainable, state, frozen, _ = map(pod_step.bytes_per_chip, steps["lora"].args)
     assert frozen == 2 * ((linear + 2 * 128_256 * 4096) // 256 + norms)
     factors = 4 * 32 * 16 * (2 * 8192 + 2 * 5120 + 3 * 18_432)
     repeated = sizes[1] > 1  # factors whose one long axis only fsdp divides
     assert trainable == factors // 256 if not repeated else trainable <= factors // 32
     assert 0 <= state - 2 * trainable <= 64  # counts of steps
+    assert pod_step.bytes_per_chip(steps["chain"].args[1]) == state
     full = pod_step.bytes_per_chip(steps["full"].args[1])
     assert 0 <= full - 2 * 4 * linear // 256 <= 64 + FEW * 7 * 32
 

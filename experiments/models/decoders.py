@@ -83,7 +83,7 @@ TINY_CONFIG = dataclasses.replace(
 )
 
 
-def _load_tiny(model: None, *, rngs: nnx.Rngs, quantized: Kind | None, **options) -> Llama:
+def _load_tiny(model: None, *, rngs: nnx.Rngs, quantized: Kind | None = None, **options) -> Llama:
     del model
     made = Llama(TINY_CONFIG, rngs=rngs, **options)
     if quantized is not None:

@@ -185,8 +185,9 @@ class Llama(nnx.Module):
     def _through(self, x_BTD, turns, seen_BTS, pasts, index):
         """(x after all layers, their keys and values).
 
-        Layers run as functions of their parameters, so that any transformation can go around; what
-        they change, the counts of a dropout's keys, is given back to them.
+        In a scan and in `jax.checkpoint` layers run as functions of their parameters; what they
+        change, the counts of a dropout's keys, is given back to them. Otherwise they are called as
+        they are: Qwix adds its adapters to a module while that is called.
         """
 
         def layer(graph, x_BTD, states):
@@ -209,7 +210,12 @@ class Llama(nnx.Module):
             return run(self.layers, x_BTD, pasts)
         reads = []
         for i, module in enumerate(self.layers):
-            x_BTD, read = run(module, x_BTD, pasts and pasts[i])
+            past = pasts and pasts[i]
+            if self.remat:
+                x_BTD, read = run(module, x_BTD, past)
+            else:
+                x_BTD, read = module(x_BTD, turns, seen_BTS, past, index)
+                x_BTD = self._placed(x_BTD)
             reads.append(read)
         return x_BTD, reads
 

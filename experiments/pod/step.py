@@ -20,7 +20,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import lorapro_jax as lp
 from experiments.pod.workloads import SCALE, Tree, Workload
 
-MODES = ("factored", "full", "lora")  # LoRA-Pro's, and AdamW on the factors
+# LoRA-Pro's modes, AdamW on the projected gradients (the paper's efficient form), and plain LoRA.
+MODES = ("factored", "full", "chain", "lora")
 # Kernels whose inputs are split over `tensor`: they follow one whose outputs are.
 _ROW_PARALLEL = re.compile(r"(.*/)?(o|down)/(kernel|lora_[ab])")
 
@@ -34,10 +35,12 @@ class Step(NamedTuple):
 
 def optimizer(mode: str, work: Workload, rate: float = 1e-4) -> optax.GradientTransformation:
     """Clipping by global norm, then the rule of `mode`."""
-    tx = optax.adamw(rate)
-    if mode != "lora":
-        tx = lp.lorapro_adamw(rate, SCALE, mode=mode, layout=work.layout)
-    return optax.chain(optax.clip_by_global_norm(1.0), tx)
+    clip = optax.clip_by_global_norm(1.0)
+    if mode == "lora":
+        return optax.chain(clip, optax.adamw(rate))
+    if mode == "chain":
+        return optax.chain(clip, lp.lorapro(SCALE, layout=work.layout), optax.adamw(rate))
+    return optax.chain(clip, lp.lorapro_adamw(rate, SCALE, mode=mode, layout=work.layout))
 
 
 def path_of(path: tuple) -> str:

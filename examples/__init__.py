@@ -1,0 +1,1 @@
+"""What to copy: fine-tuning loops on one screen."""
