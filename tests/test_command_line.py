@@ -13,7 +13,7 @@ from test_finetune import tiny
 from experiments import checks
 from experiments.data import glue
 from experiments.exits import reported
-from experiments.finetune import checkpoint, config, run
+from experiments.finetune import checkpoint, config, grid, run
 from experiments.finetune import command as finetune
 from experiments.generate import command as generate
 from experiments.pod import command as pod
@@ -124,30 +124,30 @@ def test_a_file_in_the_place_of_a_folder_is_named(capsys, tmp_path):
 @pytest.mark.parametrize("main", [finetune.main, sweep.main])
 def test_the_folder_of_another_run_is_told_before_the_first_is_trained(capsys, tmp_path, main):
     argv = tiny(tmp_path, methods="full,lora")
-    other = config.runs(config.read([*argv, "--rank", "4"], ""))[1]
+    other = grid.runs(grid.read([*argv, "--rank", "4"], ""))[1]
     checkpoint.claim(tmp_path / other.folder_name, other)
     assert "rank: 4 there, 8 asked for" in error_of(capsys, main, argv)
 
 
 def test_a_sweep_takes_the_defaults_of_a_configuration():
     argv = ["--config", "minilm_sst2", "--at-once", "3"]
-    swept, alone = config.read(argv, "", sweep.Command), config.read(argv[:2], "")
+    swept, alone = grid.read(argv, "", sweep.Command), grid.read(argv[:2], "")
     assert swept.at_once == 3
-    assert config.runs(swept) == config.runs(alone)
+    assert grid.runs(swept) == grid.runs(alone)
 
 
 def test_a_short_name_and_a_misspelt_one(capsys):
-    command = config.read(["--lr", "1e-3", "--bs", "4", "--wd", "0.1"], "")
+    command = grid.read(["--lr", "1e-3", "--bs", "4", "--wd", "0.1"], "")
     named = ["--learning-rates", "1e-3", "--batch-size", "4", "--weight-decay", "0.1"]
-    assert command == config.read(named, "")
+    assert command == grid.read(named, "")
     with pytest.raises(SystemExit, match="2"):
-        config.read(["--learningrates", "1e-3"], "")
+        grid.read(["--learningrates", "1e-3"], "")
     assert "--learning-rates" in capsys.readouterr().err.split("Perhaps you meant")[1]
 
 
 def test_the_help_has_groups_and_every_flag(capsys):
     with pytest.raises(SystemExit, match="0"):
-        config.read(["--help"], "")
+        grid.read(["--help"], "")
     shown = capsys.readouterr().out
     groups = re.findall(r"^\W*(\w+) options\b", shown, re.MULTILINE)
     assert groups == [

@@ -25,7 +25,7 @@ from flax import nnx
 from experiments import models
 from experiments.data.batching import BUCKETS
 from experiments.finetune import command as finetune
-from experiments.finetune import config, methods, prepare, programs
+from experiments.finetune import config, grid, methods, prepare, programs
 from experiments.finetune.config import RATES, Command, RunConfig
 from experiments.finetune.methods import METHODS
 from experiments.finetune.run import thinned
@@ -274,15 +274,15 @@ def test_unknown_flags_and_unreadable_values_are_usage_errors(capsys, flags, mes
 
 def test_a_command_stands_for_the_grid_of_its_lists():
     command = Command(methods=("lora", "full"), learning_rates=(1e-4, 1e-3), seeds=(0, 1))
-    grid = config.runs(command)
-    assert len({run.folder_name for run in grid}) == len(grid) == 8
-    assert {run.epochs for run in grid} == {config.EPOCHS["pydoc"]}
+    found = grid.runs(command)
+    assert len({run.folder_name for run in found}) == len(found) == 8
+    assert {run.epochs for run in found} == {grid.EPOCHS["pydoc"]}
     assert set(config.RATES) == set(METHODS)
-    own = config.runs(dataclasses.replace(command, learning_rates=None, seeds=(0,)))
+    own = grid.runs(dataclasses.replace(command, learning_rates=None, seeds=(0,)))
     assert [(run.method, run.learning_rate) for run in own] == [("lora", 2e-3), ("full", 1e-4)]
-    (run,) = config.runs(dataclasses.replace(command, task="mrpc", methods=("lora",),
+    (run,) = grid.runs(dataclasses.replace(command, task="mrpc", methods=("lora",),
                                              learning_rates=(1e-4,), seeds=(0,)))  # fmt: skip
-    assert run.epochs == config.PAPER_EPOCHS
+    assert run.epochs == grid.PAPER_EPOCHS
     assert (run.scale, dataclasses.replace(run, rslora=True).scale) == (2.0, 16 / 8**0.5)
 
 
@@ -430,21 +430,21 @@ def test_weights_are_refused_where_they_mean_nothing(tmp_path, capsys):
 
 def test_the_papers_set_up_is_the_t5_configs():
     """PAPER.md, "Set-up of that table"."""
-    command = config.read(["--config", "t5_glue", "--task", "mrpc"], "finetune")
-    run = config.runs(command)[0]
+    command = grid.read(["--config", "t5_glue", "--task", "mrpc"], "finetune")
+    run = grid.runs(command)[0]
     assert (run.model, run.task, run.epochs, command.seeds) == ("t5", "mrpc", 1, (0, 1, 2))
     assert (run.batch_size, run.max_length, run.warmup_ratio) == (32, 128, 0.03)
     assert (run.rank, run.alpha, run.scale, run.dropout) == (8, 16, 2.0, 0.0)
     assert (run.b1, run.b2, run.eps, run.weight_decay, run.clip_norm) == (0.9, 0.999, 1e-8, 0, 1)
-    assert {one.learning_rate for one in config.runs(command)} == {1e-4}
-    assert {one.method for one in config.runs(command)} == set(METHODS)
+    assert {one.learning_rate for one in grid.runs(command)} == {1e-4}
+    assert {one.method for one in grid.runs(command)} == set(METHODS)
     assert (run.dtype, run.train_examples, run.eval_examples) == ("float32", 0, 0)
 
 
 def test_a_flag_overrides_its_configs_default():
-    command = config.read(["--rank", "4", "--config", "t5_glue", "--seeds", "5"], "finetune")
+    command = grid.read(["--rank", "4", "--config", "t5_glue", "--seeds", "5"], "finetune")
     assert (command.rank, command.seeds, command.batch_size) == (4, (5,), 32)
-    assert config.read([], "finetune") == Command()
+    assert grid.read([], "finetune") == Command()
 
 
 def test_smoke_goes_the_whole_way_without_a_file(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from scipy import special
 
 from experiments.data.language import Exchange, question
 from experiments.finetune import command as finetune
-from experiments.finetune import config, language, prepare
+from experiments.finetune import config, grid, language, prepare
 from experiments.finetune.methods import METHODS
 from experiments.models import decoders, exchanges, llama_files
 from experiments.models.language import CHUNK, LanguageModel
@@ -308,7 +308,7 @@ def test_a_base_that_is_read_once_serves_every_run(monkeypatch):
 
 
 def test_smoke_of_a_language_model_is_tiny():
-    command = config.shrunk(dataclasses.replace(config.Command(), model="smollm2", smoke=True))
-    run = config.runs(command)[0]
+    command = grid.shrunk(dataclasses.replace(config.Command(), model="smollm2", smoke=True))
+    run = grid.runs(command)[0]
     assert (run.model, run.task) == ("llama-tiny", "docstrings")
     assert prepare.load_data(run, None).prompts

@@ -206,12 +206,12 @@ def test_processes_with_different_options_all_stop(tmp_path, cache):
 SHARDED = """
 import json, sys
 import jax
-from experiments.finetune import config, devices, command as finetune, prepare
+from experiments.finetune import devices, grid, command as finetune, prepare
 devices.SMALLEST = 1
 argv = json.loads(sys.argv[1])
 assert finetune.main(argv) == 0
-command = config.read(argv, "")
-run = config.runs(command)[-1]
+command = grid.read(argv, "")
+run = grid.runs(command)[-1]
 setup, params = prepare.build(run, prepare.load_data(run, None), devices.devices_of(command))
 params = setup.devices.place(params)
 trees = {"params": params, "frozen": setup.frozen, "state": setup.programs.init(params)}

@@ -11,7 +11,7 @@ import pytest
 
 from experiments.configs import CONFIGS
 from experiments.finetune import command as finetune
-from experiments.finetune import config
+from experiments.finetune import grid
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = {
@@ -102,11 +102,11 @@ def test_there_are_two_commands_and_both_set_up_what_they_need():
 def test_the_launch_guides_command_is_understood():
     (launch,) = blocks("sh", "pods.md")
     (line,) = re.findall(r"python -m experiments\.finetune ([^']*)'", launch)
-    command = config.read(shlex.split(line), "finetune")
+    command = grid.read(shlex.split(line), "finetune")
     assert command.distributed
-    grid = config.runs(finetune.checked(command))
-    assert len(grid) == 15
-    assert f"[1/15] {grid[0].folder_name}: step" in PAGES["pods.md"]
+    found = grid.runs(finetune.checked(command))
+    assert len(found) == 15
+    assert f"[1/15] {found[0].folder_name}: step" in PAGES["pods.md"]
     assert command.batch_size == 2 * 16
 
 
@@ -121,14 +121,14 @@ def test_ci_runs_the_readmes_test_command():
 
 def test_the_tables_command_has_a_configuration():
     (table,) = (body for body in blocks("text", "results.md") if "experiments.finetune" in body)
-    printed = config.read(commands(table)[-1][3:], "finetune")
-    assert config.runs(printed) == config.runs(CONFIGS["minilm_sst2"])
+    printed = grid.read(commands(table)[-1][3:], "finetune")
+    assert grid.runs(printed) == grid.runs(CONFIGS["minilm_sst2"])
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_configuration_opens_with_its_command_and_can_be_run(name):
     assert f"--config {name}" in sys.modules[f"experiments.configs.{name}"].__doc__
-    assert config.runs(CONFIGS[name])
+    assert grid.runs(CONFIGS[name])
 
 
 @pytest.mark.slow

@@ -17,7 +17,8 @@ from experiments import storage
 from experiments.configs import CONFIGS
 from experiments.finetune import checkpoint
 from experiments.finetune import command as finetune
-from experiments.finetune.config import RunConfig, runs
+from experiments.finetune.config import RunConfig
+from experiments.finetune.grid import runs
 from experiments.finetune.methods import METHODS
 from experiments.models import MODELS
 from experiments.report import page as report_page

@@ -21,6 +21,7 @@ from experiments.finetune import command as finetune
 from experiments.finetune import (
     config,
     devices,
+    grid,
     hosts,
     preemption,
     prepare,
@@ -245,7 +246,7 @@ def test_jaxs_variables_ask_for_a_distributed_run_and_flags_go_first(monkeypatch
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host:1")
     monkeypatch.setenv("JAX_NUM_PROCESSES", "4")
     monkeypatch.setenv("JAX_PROCESS_ID", "2")
-    command = config.read(["--process-id", "3"], "finetune")
+    command = grid.read(["--process-id", "3"], "finetune")
     assert command.distributed
     assert (command.coordinator, command.num_processes, command.process_id) == ("host:1", 4, 3)
 

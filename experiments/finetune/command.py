@@ -20,9 +20,10 @@ from rich.console import Console
 
 from experiments.exits import reported
 from experiments.finetune.checkpoint import belongs, collect
-from experiments.finetune.config import AnyGrid, Command, kind_of, read, runs, shrunk
+from experiments.finetune.config import Command
 from experiments.finetune.devices import devices_of
 from experiments.finetune.export import check as check_export
+from experiments.finetune.grid import AnyGrid, read, runs, shrunk
 from experiments.finetune.hosts import abandon, connect, is_first, once
 from experiments.finetune.methods import method_named
 from experiments.finetune.preemption import STATUS, noticed
@@ -111,7 +112,7 @@ def checked(command: AnyGrid) -> AnyGrid:
     if command.quantize != "none" and model.kind != "decoder":
         raise ValueError(f"--quantize is for a language model; {command.model} is none")
     for name in command.methods:
-        check_trainable(kind_of(command), name, method_named(name).adapted)
+        check_trainable(command.quantized, name, method_named(name).adapted)
     if command.weights is None:
         command = dataclasses.replace(command, weights=model.weights)
     elif not model.other_weights:

@@ -14,7 +14,7 @@ from flax import nnx
 
 import lorapro_jax as lp
 from experiments import storage
-from experiments.finetune.config import Command, RunConfig, kind_of
+from experiments.finetune.config import Command, RunConfig
 from experiments.finetune.methods import method_named
 from experiments.finetune.prepare import dialect_of
 from experiments.finetune.trained import names_of, trained
@@ -101,7 +101,7 @@ def base_of(run: RunConfig) -> tuple[str | None, str | None]:
 
 
 def _merged(model: nnx.Module, run: RunConfig, folder: pathlib.Path) -> None:
-    if kind_of(run) is not None:
+    if run.quantized is not None:
         dequantize(model.llama)
     if method_named(run.method).adapted:
         lp.nnx.merge_lora(model)

@@ -16,7 +16,7 @@ from experiments.data.language import Exchange
 from experiments.data.prompts import PROMPTS
 from experiments.data.task import Example
 from experiments.data.tasks import load_task, task_named
-from experiments.finetune.config import RunConfig, kind_of
+from experiments.finetune.config import RunConfig
 from experiments.finetune.devices import ONE, Devices
 from experiments.finetune.evaluate import metrics
 from experiments.finetune.language import (
@@ -144,7 +144,7 @@ def model_of(run: RunConfig) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
         dropout=run.dropout,
         dtype=jnp.dtype(run.dtype),
         remat=run.remat,
-        **({"quantized": kind_of(run)} if decoder else {}),
+        **({"quantized": run.quantized} if decoder else {}),
     )
     if decoder:
         model.label_smoothing = run.label_smoothing

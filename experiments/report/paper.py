@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Sequence
 
 from experiments.configs import CONFIGS
-from experiments.finetune.config import runs
+from experiments.finetune.grid import runs
 from experiments.models import MODELS
 from experiments.report.summary import Row, special
 from experiments.report.tables import Table

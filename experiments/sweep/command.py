@@ -25,7 +25,8 @@ from experiments.checks import Count
 from experiments.exits import reported
 from experiments.finetune.checkpoint import belongs, claim, finish, read_result
 from experiments.finetune.command import checked, show, terminal
-from experiments.finetune.config import Grid, RunConfig, read, runs
+from experiments.finetune.config import Grid, RunConfig
+from experiments.finetune.grid import read, runs
 from experiments.finetune.prepare import build, load_data
 from experiments.finetune.progress import shown
 from experiments.finetune.run import batch_ids, divergence, result_of, sizes_of
