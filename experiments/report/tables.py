@@ -24,16 +24,16 @@ class Table(NamedTuple):
 def tables(rows: Sequence[Row]) -> list[Table]:
     """For each task and its settings the methods and, if it is a sweep, their scores by rate.
 
-    A title has the settings that not all tables have in common.
+    A title has the settings in which the tables of its task and model differ.
     """
     found, made = groups(rows), []
     told = [json.loads(group[0].settings) for group in found]
     names = set().union(*told)
     settings = [{f"{name} {(DEFAULTS | own).get(name)}" for name in names} for own in told]
-    for group, mine in zip(found, settings, strict=True):
-        task, model = group[0].task, group[0].model
-        special = mine - set.intersection(*settings) - {f"task {task}", f"model {model}"}
-        title = ", ".join([task, model, *sorted(special)])
+    about = [(group[0].task, group[0].model) for group in found]
+    for group, mine, what in zip(found, settings, about, strict=True):
+        alike = [own for own, other in zip(settings, about, strict=True) if other == what]
+        title = ", ".join([*what, *sorted(mine - set.intersection(*alike))])
         made.append(_methods(title, group))
         if is_sweep(group):
             made.append(_by_rate(title, group))
