@@ -21,7 +21,7 @@ from experiments.models import get as model_named
 EPOCHS = {"pydoc": 2}
 PAPER_EPOCHS = 1
 
-# Of models whose own are known: docs/results.md has the sweeps.
+# Of single models: where first trials of SmolLM2 did best; no sweep has confirmed them.
 RATES_OF = {
     "smollm2": RATES | {"lora": 3e-3, "lorapro-full": 1e-3, "lorapro-factored": 1e-3},
 }
