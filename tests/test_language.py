@@ -20,6 +20,7 @@ from experiments.finetune.methods import METHODS
 from experiments.models import decoders, exchanges, llama_files
 from experiments.models.language import CHUNK, LanguageModel
 from experiments.models.llama import Llama
+from experiments.report import samples
 from experiments.sweep import command as sweep
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -173,14 +174,21 @@ def _check_learning(out):
 
 def test_the_same_prompts_are_answered_before_and_after(trained):
     found = results(trained)
-    samples = {name: result["samples"] for name, result in found.items()}
+    written = {name: result["samples"] for name, result in found.items()}
     for name in ("prompt", "before"):
-        lora, factored = ([x[name] for x in samples[method]] for method in FAST.split(","))
+        lora, factored = ([x[name] for x in written[method]] for method in FAST.split(","))
         assert lora == factored
-    assert len(samples["lora"]) == 3
-    assert any(x["before"] != x["after"] for x in samples["lora"])
+    assert len(written["lora"]) == 3
+    assert any(x["before"] != x["after"] for x in written["lora"])
     page = (trained / "samples.md").read_text()
-    assert all(x["prompt"] in page and x["after"] in page for x in samples["lora"])
+    assert all(x["prompt"] in page and x["after"] in page for x in written["lora"])
+
+
+def test_runs_with_other_prompts_are_shown_apart(trained):
+    more = list(results(trained).values())
+    fewer = more[0] | {"samples": more[0]["samples"][:1]}
+    assert [len(alike) for alike in samples.chosen([*more, fewer])] == [2, 1]
+    assert samples.markdown([*more, fewer]).count("### Prompt 1\n") == 2
 
 
 def test_a_run_that_was_cut_goes_on_to_the_same_end(trained, tmp_path):

@@ -25,9 +25,8 @@ _REMEDY = (
 
 def load(data_dir: str | os.PathLike | None) -> Splits[Exchange]:
     """The train and validation splits, one row for every description."""
-    files = ("train.jsonl", "validation.jsonl")
-    folder = lines.folder(TASK.name, files, data_dir, _REMEDY)
-    return Splits(*(_rows(folder / file) for file in files))
+    names = ("train.jsonl", "validation.jsonl")
+    return Splits(*map(_rows, lines.files(TASK.name, names, data_dir, _REMEDY)))
 
 
 def linearised(facts: str) -> str:

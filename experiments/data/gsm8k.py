@@ -21,9 +21,8 @@ _REMEDY = (
 
 def load(data_dir: str | os.PathLike | None) -> Splits[Exchange]:
     """The train split, and the test split as validation."""
-    files = ("train.jsonl", "test.jsonl")
-    folder = lines.folder(TASK.name, files, data_dir, _REMEDY)
-    return Splits(*(_rows(folder / file) for file in files))
+    names = ("train.jsonl", "test.jsonl")
+    return Splits(*map(_rows, lines.files(TASK.name, names, data_dir, _REMEDY)))
 
 
 def _rows(path) -> tuple[Exchange, ...]:

@@ -47,19 +47,20 @@ def text(where: str, name: str, value: Any, expected: str) -> str:
     return value
 
 
-def folder(
-    name: str, files: tuple[str, ...], data_dir: str | os.PathLike | None, remedy: str
-) -> storage.Path:
-    """Where a data set's files lie: in data_dir/nlg/<name>, data_dir/<name> or data_dir itself."""
+def files(
+    name: str, wanted: tuple[str, ...], data_dir: str | os.PathLike | None, remedy: str
+) -> list[storage.Path]:
+    """A data set's files, of data_dir/nlg/<name>, data_dir/<name> or data_dir itself."""
     if data_dir is None:
         raise FileNotFoundError(f"{name} needs --data-dir, a folder with {name}/. {remedy}")
     root = storage.at(data_dir).expanduser()
     places = (root / "nlg" / name, root / name, root)
     for place in places:
-        if all((place / file).exists() for file in files):
-            return place
+        found = [place / file for file in wanted]
+        if all(path.exists() for path in found):
+            return found
     raise FileNotFoundError(
-        f"no {name} in {root}: looked for {' and '.join(files)} in {', '.join(map(str, places))}. "
+        f"no {name} in {root}: looked for {' and '.join(wanted)} in {', '.join(map(str, places))}. "
         f"{remedy}"
     )
 

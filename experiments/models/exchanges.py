@@ -13,6 +13,7 @@ import tokenizers
 
 from experiments.data.language import Exchange, Message
 from experiments.models import chat
+from experiments.models.llama_decode import text_of
 
 
 class Dialect(NamedTuple):
@@ -25,8 +26,7 @@ class Dialect(NamedTuple):
 
     def text(self, tokens: np.ndarray) -> str:
         """What decoded tokens say, up to the first end."""
-        ended = np.flatnonzero(np.isin(tokens, self.ends))
-        return self.tokenizer.decode(tokens[: ended[0]] if ended.size else tokens)
+        return text_of(tokens, self.tokenizer, self.ends)
 
 
 class Row(NamedTuple):

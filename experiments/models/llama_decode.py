@@ -124,8 +124,11 @@ def complete(
     rows = [encoded.ids for encoded in tokenizer.encode_batch(list(prompts))]
     room = model.config.max_position_embeddings - decoding.max_new_tokens
     tokens_BT, mask_BT = map(jnp.asarray, padded(rows, most=room))
-    texts = []
-    for row in np.asarray(_decode(model, tokens_BT, mask_BT, decoding)):
-        ended = np.flatnonzero(np.isin(row, model.config.eos_token_ids))
-        texts.append(tokenizer.decode(row[: ended[0]] if ended.size else row))
-    return texts
+    decoded_BT = np.asarray(_decode(model, tokens_BT, mask_BT, decoding))
+    return [text_of(row, tokenizer, model.config.eos_token_ids) for row in decoded_BT]
+
+
+def text_of(tokens: np.ndarray, tokenizer: tokenizers.Tokenizer, ends: Sequence[int]) -> str:
+    """What decoded tokens say, up to the first of the end tokens."""
+    ended = np.flatnonzero(np.isin(tokens, ends))
+    return tokenizer.decode(tokens[: ended[0]] if ended.size else tokens)

@@ -41,20 +41,11 @@ def tensor_name(path: tuple) -> str:
     return f"model.layers.{module[1]}.{_LAYER[module[2]]}.{kind}"
 
 
-def load(
-    model: str | pathlib.Path,
-    *,
-    scanned: bool = False,
-    remat: bool = False,
-    dtype=jnp.float32,
-    param_dtype=jnp.float32,
-    quantized: Kind | None = None,
-    tile: int = TILE,
-) -> Llama:
+def load(model: str | pathlib.Path, **options) -> Llama:
     """The pretrained model of a folder, or of NAME@COMMIT on the Hugging Face hub.
 
-    `scanned`, `remat`, `dtype` and `param_dtype` are `Llama`'s; `quantized` and `tile` are the kind
-    and tile of `quantized.quantize`: one tensor at a time is dense.
+    The options are `Llama`'s (`scanned`, `remat`, `dtype`, `param_dtype`), and `quantized` and
+    `tile`, the kind and tile of `quantized.quantize`: one tensor at a time is dense.
 
     Raises:
         FileNotFoundError: there is no such folder or name, or a file is missing.
@@ -69,9 +60,7 @@ def load(
         del tensors[name]
     if config.tie_word_embeddings:
         _drop_copy(tensors, file)
-    options = {"scanned": scanned, "remat": remat, "dtype": dtype, "param_dtype": param_dtype}
-    kept = {"quantized": quantized, "tile": tile}
-    return filled(config, tensors, tensor_name, file, **kept, **options)
+    return filled(config, tensors, tensor_name, file, **options)
 
 
 def _drop_copy(tensors: weights.Tensors, file: pathlib.Path) -> None:

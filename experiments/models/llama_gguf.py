@@ -11,13 +11,11 @@ import pathlib
 from typing import Any, NamedTuple
 
 import gguf
-import jax.numpy as jnp
 import numpy as np
 
 from experiments.models import llama_files, weights
 from experiments.models.llama import Llama
 from experiments.models.llama_config import FAMILIES, LlamaConfig, RopeScaling
-from experiments.models.quantized import TILE, Kind
 
 REMEDY = "download the file again, or one of another quantisation"
 _ROPE_FACTORS = "rope_freqs.weight"  # what Llama 3.1's frequencies are divided by
@@ -177,16 +175,7 @@ def unturned(rows: np.ndarray, head_dim: int) -> np.ndarray:
     return np.swapaxes(pairs, 1, 2).reshape(rows.shape)
 
 
-def load(
-    file: str | pathlib.Path | Gguf,
-    *,
-    scanned: bool = False,
-    remat: bool = False,
-    dtype=jnp.float32,
-    param_dtype=jnp.float32,
-    quantized: Kind | None = None,
-    tile: int = TILE,
-) -> Llama:
+def load(file: str | pathlib.Path | Gguf, **options) -> Llama:
     """The pretrained model of a GGUF file; the options are those of `llama_files.load`.
 
     Raises:
@@ -204,8 +193,6 @@ def load(
 
     names = found.tensors.keys() - {_ROPE_FACTORS}
     tensors = weights.Tensors({name: functools.partial(tensor, name) for name in names})
-    options = {"scanned": scanned, "remat": remat, "dtype": dtype, "param_dtype": param_dtype}
-    options |= {"quantized": quantized, "tile": tile}
     told = {"sizes": "its metadata", "remedy": REMEDY}
     return llama_files.filled(config, tensors, tensor_name, found.file, **told, **options)
 

@@ -10,14 +10,15 @@ SHOWN = 300  # characters of a prompt on the screen: its end
 
 
 def chosen(results: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Of every task and model the first run of each method that has answers."""
-    found: dict[tuple[str, str], dict[str, dict]] = {}
+    """Of every task and model, and of runs with the same prompts, each method's first."""
+    found: dict[tuple[str, ...], dict[str, dict]] = {}
     for result in results:
         if result.get("samples") and result["final"] is not None:
             config = result["config"]
-            of_task = found.setdefault((config["task"], config["model"]), {})
-            of_task.setdefault(config["method"], result)
-    return [list(of_task.values()) for of_task in found.values()]
+            prompts = (sample["prompt"] for sample in result["samples"])
+            alike = found.setdefault((config["task"], config["model"], *prompts), {})
+            alike.setdefault(config["method"], result)
+    return [list(alike.values()) for alike in found.values()]
 
 
 def _answers(runs: Sequence[dict[str, Any]], number: int) -> dict[str, str]:
