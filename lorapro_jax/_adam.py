@@ -145,10 +145,11 @@ def full_rule(numbers: Numbers) -> Rule:
             new = over_batch(direction, batch, axes)(*at((f, *held, size)), count)
             return *held, *put(step, new)
 
-        # The first by itself: under shard_map its results have the types that the loop's carry has.
-        first, last = jnp.uint32(0), jnp.uint32(len(mu))
-        carry = body(first, (mu, rms, jnp.zeros_like(p.a), jnp.zeros_like(p.b)))
-        mu, rms, *step = lax.fori_loop(first + 1, last, body, carry)
+        # Under shard_map a loop starts from arrays that vary over the mesh axes that its results do.
+        zero = jnp.zeros_like(jnp.max(size))
+        start = (mu, rms, jnp.zeros_like(p.a), jnp.zeros_like(p.b))
+        carry = tuple(x + zero.astype(x.dtype) for x in start)
+        mu, rms, *step = lax.fori_loop(jnp.uint32(0), jnp.uint32(len(mu)), body, carry)
         return tuple(step), (mu, rms, size)
 
     return Rule(update, FullState, init, joins=False)
