@@ -7,6 +7,7 @@ from lorapro_jax import layouts, linen, nnx, peft
 from lorapro_jax._adam import lorapro_adamw, scale_by_lorapro_adam
 from lorapro_jax._diagnostics import PairDiagnostics, diagnose
 from lorapro_jax._layouts import Layout, LoRADimensionNumbers
+from lorapro_jax._muon import lorapro_muon, scale_by_lorapro_muon
 from lorapro_jax._partition import freeze_base, labels, merge, split
 from lorapro_jax._projection import lorapro, minimum_norm
 from lorapro_jax._retraction import retract
@@ -24,6 +25,7 @@ __all__ = [
     "linen",
     "lorapro",
     "lorapro_adamw",
+    "lorapro_muon",
     "merge",
     "merge_lora",
     "minimum_norm",
@@ -31,6 +33,7 @@ __all__ = [
     "peft",
     "retract",
     "scale_by_lorapro_adam",
+    "scale_by_lorapro_muon",
     "split",
     "state_shardings",
 ]

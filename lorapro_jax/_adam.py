@@ -19,11 +19,11 @@ from jaxtyping import Array
 
 from lorapro_jax import _tangent
 from lorapro_jax._checks import check_between, check_one_of, check_positive
+from lorapro_jax._descent import descent
 from lorapro_jax._groups import Group, Scale, factor_zeros, over_batch
 from lorapro_jax._layouts import Layout, kernel_spec
 from lorapro_jax._moments import correction, largest, mean, mean_root, positive
 from lorapro_jax._pairwise import Rule, Step, in_pairs, pairwise
-from lorapro_jax._retraction import retraction_rule
 from lorapro_jax._sharding import explicit, spec_of
 from lorapro_jax._tangent import Factors, Frames, Tangent, frames, tangent, times, to_factors
 
@@ -145,7 +145,7 @@ def full_rule(numbers: Numbers) -> Rule:
             new = over_batch(direction, batch, axes)(*at((f, *held, size)), count)
             return *held, *put(step, new)
 
-        # Under shard_map a loop starts from arrays that vary over the mesh axes that its results do.
+        # Under shard_map a loop starts from arrays that vary over the axes that its results do.
         zero = jnp.zeros_like(jnp.max(size))
         start = (mu, rms, jnp.zeros_like(p.a), jnp.zeros_like(p.b))
         carry = tuple(x + zero.astype(x.dtype) for x in start)
@@ -232,21 +232,6 @@ def direction_rule(mode: str, numbers: Numbers) -> Rule:
     return factored_rule(numbers) if mode == "factored" else full_rule(numbers)
 
 
-def scheduled(value: Any, count: Any) -> Any:
-    """A number, or that of a schedule."""
-    return value(count) if callable(value) else value
-
-
-def rate_rule(learning_rate: optax.ScalarOrSchedule) -> Rule:
-    """`optax.scale_by_learning_rate` for stacked pairs."""
-
-    def update(p: Factors, step: Step, state: tuple, count: Array):
-        rate = jnp.asarray(scheduled(learning_rate, count - 1), p.a.dtype)
-        return (-rate * step[0], -rate * step[1]), state
-
-    return Rule(update)
-
-
 def lorapro_adamw(
     learning_rate: optax.ScalarOrSchedule,
     scale: Scale,
@@ -297,23 +282,16 @@ def lorapro_adamw(
     References:
       Wang et al., LoRA-Pro, arXiv:2407.18242; Loshchilov and Hutter, arXiv:1711.05101 (AdamW).
     """
-    check_between("learning_rate", learning_rate, 0.0, jnp.inf)
-    check_between("weight_decay", weight_decay, 0.0, jnp.inf)
     numbers = Numbers(b1, b2, eps, floor, clipping_threshold, damping, mu_dtype)
-    rules = (
+    return descent(
         direction_rule(mode, numbers),
-        rate_rule(learning_rate),
-        retraction_rule(radius, damping),
-    )
-    common: Any = {"layout": layout, "require_pairs": require_pairs}
-    pairs = pairwise(*rules, scale=scale, **common)
-    others = optax.adam(learning_rate, b1, b2, eps, mu_dtype=mu_dtype)
-
-    def decay(share: float) -> optax.GradientTransformation:
-        return optax.add_decayed_weights(
-            lambda n: -share * scheduled(learning_rate, n) * scheduled(weight_decay, n), mask
-        )
-
-    return optax.chain(
-        in_pairs(pairs, others, **common), in_pairs(decay(0.5), decay(1.0), **common)
+        optax.adam(learning_rate, b1, b2, eps, mu_dtype=mu_dtype),
+        learning_rate,
+        scale,
+        weight_decay=weight_decay,
+        mask=mask,
+        radius=radius,
+        damping=damping,
+        layout=layout,
+        require_pairs=require_pairs,
     )

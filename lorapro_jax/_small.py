@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from lorapro_jax._sharding import dot
 
+_COARSE, _FINE = (3.4445, -4.775, 2.0315), (1.875, -1.25, 0.375)  # Muon's quintic; Newton-Schulz's
 _ELIMINATED = 8  # rows; above, halves and products cost less than more unrolled steps
 
 
@@ -37,6 +38,18 @@ def _eliminate(P: Float[Array, "r r"], floor: Float[Array, ""]) -> Float[Array, 
         rest = rest - factors[:, None] * rest[k][None]
     pivots = jnp.sum(eye * rest[:, :r], axis=1)  # a gather would be a custom call on a TPU
     return rest[:, r:] * lax.rsqrt(jnp.maximum(pivots, floor))[:, None]
+
+
+def orthogonal(M: Float[Array, "k k"]) -> Float[Array, "k k"]:
+    """The polar factor U Vᵀ of M = U Σ Vᵀ with ||M|| <= 1, by products (Jordan et al. 2024, Muon).
+
+    Singular values from 1e-3 to 1 become 1 to 6e-4, smaller ones grow up to a thousandfold, and
+    zeros stay.
+    """
+    for a, b, c in (_COARSE,) * 6 + (_FINE,) * 2:
+        S = dot(M, M.T)
+        M = a * M + dot(b * S + c * dot(S, S), M)
+    return M
 
 
 def sylvester(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from lorapro_jax._sharding import contract, dot, gram_left, gram_right
-from lorapro_jax._small import inverse_cholesky, sylvester
+from lorapro_jax._small import inverse_cholesky, orthogonal, sylvester
 
 
 class Factors(NamedTuple):
@@ -133,6 +133,30 @@ def rescaled(f: Frames, T: Tangent, left: Float[Array, "*m"], right: Float[Array
     AH, AA, BB, YB = gram_left(A, T.H_a), gram_left(A, f.A), gram_right(B, f.B), gram_right(Y, f.B)
     H_a = left * (dot(T.H_a, BB) + dot(f.A, YB))
     return Tangent(H_a, dot(AH, B) + dot(AA, Y), dot(AH, BB) + dot(AA, YB))
+
+
+def polar(f: Frames, T: Tangent, damping: Any) -> Tangent:
+    """The tangent vector nearest to msign(T), U Vᵀ of T = U Σ Vᵀ, which has to be one itself.
+
+    T = X B + A C B + A Y, with X and Y orthogonal to A and B. With X = Â R and Y = L B̂, Â and B̂
+    orthonormal, it is [A Â] M [B; B̂] of M = [[C, L], [R, 0]], and its msign [A Â] msign(M) [B; B̂],
+    whose part Â · B̂ is no step of the factors, and left out. Directions of X and Y that are below
+    sqrt(damping) ||T|| stay small, and so do rounding errors of the rest.
+    """
+    X, Y, C, r = beyond_a(f, T), beyond_b(f, T), T.C, len(T.C)
+    XX, YY = gram_left(X, X), gram_right(Y, Y)
+    square = jnp.trace(XX) + jnp.trace(YY) + jnp.sum(C * C)
+    square = jnp.where(square > 0, square, 1)
+    info = jnp.finfo(square.dtype)
+    floor = jnp.maximum(jnp.asarray(damping, square.dtype), 8 * info.eps) * square
+    damped = floor * jnp.eye(r, dtype=square.dtype)
+    both = jnp.stack([XX + damped, YY + damped])
+    J_x, J_y = jax.vmap(inverse_cholesky, (0, None))(both, floor)
+    core = jnp.block([[C, dot(YY, J_y.T)], [dot(J_x, XX), jnp.zeros_like(XX)]])
+    W = orthogonal(core / jnp.sqrt(square))
+    H_a = dot(f.A, W[:r, :r]) + dot(X, dot(J_x.T, W[r:, :r]))
+    H_b = dot(W[:r, :r], f.B) + dot(dot(W[:r, r:], J_y), Y)
+    return Tangent(H_a, H_b, W[:r, :r])
 
 
 def dense(f: Frames, T: Tangent, like: Array) -> Float[Array, "..."]:

@@ -32,12 +32,18 @@ def sgd(
     return optax.chain(projection, optax.scale_by_learning_rate(learning_rate))
 
 
-FACTORIES = {"lorapro": sgd, "lorapro_adamw": lp.lorapro_adamw}
+FACTORIES = {
+    "lorapro": sgd, "lorapro_adamw": lp.lorapro_adamw, "lorapro_muon": lp.lorapro_muon
+}  # fmt: skip
 NUMBERS = {
     "lorapro": {"learning_rate": 1e-2, "scale": SCALE, "damping": 1e-6},
     "lorapro_adamw": {
         "learning_rate": 1e-2, "scale": SCALE, "damping": 1e-6, "b1": 0.9, "b2": 0.999,
         "eps": 1e-8, "weight_decay": 0.1, "floor": 0.1, "clipping_threshold": 1.0, "radius": 0.05,
+    },
+    "lorapro_muon": {
+        "learning_rate": 1e-2, "scale": SCALE, "damping": 1e-6, "beta": 0.95, "rms": 0.2,
+        "adam_b1": 0.9, "adam_b2": 0.999, "adam_eps": 1e-8, "weight_decay": 0.1, "radius": 0.05,
     },
 }  # fmt: skip
 OPTIMIZERS = {name: FACTORIES[name](**NUMBERS[name], layout=LAYOUT) for name in FACTORIES}

@@ -214,4 +214,31 @@ class Factored(Mode):
         return U / (np.sqrt(mean)[..., None] + self.eps)
 
 
-MODES = {"full": Full, "factored": Factored}
+class Muon(Mode):
+    """rms sqrt((m + n) / 2) msign(T), T of the average of h_a and h_b, looked ahead by one step.
+
+    msign by the polynomial that the library applies, on singular values.
+    """
+
+    def __init__(self, s, *, beta=0.95, nesterov=True, rms=0.2, damping=1e-6, rounding=2.0**-52):
+        super().__init__(s, clip=None, damping=damping, rounding=rounding)
+        self.beta, self.nesterov, self.rms = beta, nesterov, rms
+
+    def unclipped(self, f, h_a, h_b):
+        old = self.state or [np.zeros_like(x) for x in (h_a, h_b)]
+
+        def mean(now, average):
+            return self.beta * average + (1 - self.beta) * now
+
+        self.state = [mean(*x) for x in zip((h_a, h_b), old, strict=True)]
+        ahead = [mean(*x) for x in zip((h_a, h_b), self.state, strict=True)]
+        T = f.nearest(sum(f.of_gradients(*(ahead if self.nesterov else self.state))))
+        size = norm(T)
+        U, sigma, V = np.linalg.svd(T / np.where(size > 0, size, 1)[..., None, None], False)
+        for c1, c2, c3 in [(3.4445, -4.775, 2.0315)] * 6 + [(1.875, -1.25, 0.375)] * 2:
+            sigma = c1 * sigma + c2 * sigma**3 + c3 * sigma**5
+        m, n = T.shape[-2:]
+        return self.rms * np.sqrt((m + n) / 2) * (U * sigma[..., None, :]) @ V
+
+
+MODES = {"full": Full, "factored": Factored, "muon": Muon}

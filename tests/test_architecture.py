@@ -8,9 +8,9 @@ import lorapro_jax as lp
 ROOT = pathlib.Path(lp.__file__).parent.parent
 ORDER = [
     "_checks", "_paths", "_sharding", "_small", "_moments", "_layouts", "_groups", "_tangent",
-    "_pairwise", "_projection", "_retraction", "_adam", "_partition", "_state_sharding",
-    "_diagnostics", "_adapter", "linen", "nnx", "layouts", "_peft_files", "_peft_modules", "peft",
-    "__init__",
+    "_pairwise", "_projection", "_retraction", "_descent", "_adam", "_muon", "_partition",
+    "_state_sharding", "_diagnostics", "_adapter", "linen", "nnx", "layouts", "_peft_files",
+    "_peft_modules", "peft", "__init__",
 ]  # fmt: skip
 MATHS = ("_sharding", "_small", "_moments", "_tangent")
 

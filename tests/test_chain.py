@@ -71,6 +71,7 @@ TABLE = {
 METHODS = {
     "factored": lambda rate: lp.lorapro_adamw(rate, SCALE),
     "full": lambda rate: lp.lorapro_adamw(rate, SCALE, mode="full"),
+    "muon": lambda rate: lp.lorapro_muon(rate, SCALE),
     "lorapro": lambda rate: optax.chain(lp.lorapro(SCALE), optax.adamw(rate)),
     "adamw": optax.adamw,  # the table's shares are such that it passes
 }
@@ -179,13 +180,11 @@ def test_the_docs_say_that_a_chain_has_one_direction():
     assert "One LoRA-Pro direction a chain" in lp.lorapro.__doc__.replace("\n    ", " ")
 
 
-@pytest.mark.parametrize("mode", ["factored", "full"])
+@pytest.mark.parametrize("mode", trees.MODES)
 def test_the_alias_is_the_chain_of_its_public_parts(mode):
     """Without decay, from the same gradients."""
-    alias = lp.lorapro_adamw(0.1, 2.0, mode=mode)
-    parts = optax.chain(
-        lp.scale_by_lorapro_adam(2.0, mode=mode), optax.scale(-0.1), lp.retract(2.0)
-    )
+    alias = trees.optimizer(mode, 0.1)
+    parts = optax.chain(trees.direction(mode), optax.scale(-0.1), lp.retract(2.0))
     key = jax.random.key(0)
     params = {f"l{i}": {"lora_a": jax.random.normal(key, (6, 2)), "lora_b": jnp.zeros((2, 4))}
               for i in range(2)} | {"bias": jnp.ones(3)}  # fmt: skip

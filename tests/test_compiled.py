@@ -17,10 +17,11 @@ from trees import SCALE
 
 import lorapro_jax as lp
 
-every_mode = pytest.mark.parametrize("mode", ["full", "factored"])
+every_mode = pytest.mark.parametrize("mode", trees.MODES)
 METHODS = {
     "full": lambda: lp.lorapro_adamw(1e-3, SCALE, mode="full"),
     "factored": lambda: lp.lorapro_adamw(1e-3, SCALE),
+    "muon": lambda: lp.lorapro_muon(1e-3, SCALE),
     "lorapro": lambda: optax.chain(lp.lorapro(SCALE), optax.adamw(1e-3)),
 }
 every_method = pytest.mark.parametrize("method", METHODS)
@@ -228,7 +229,7 @@ def test_bfloat16_factors_take_the_float32_step_rounded(mode):
     params, grads = problem(0)
     narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), narrow)
-    tx = lp.scale_by_lorapro_adam(SCALE, mode=mode)
+    tx = trees.direction(mode)
     update = jax.jit(lambda g, p: tx.update(g, tx.init(p), p)[0])
     narrow_grads = jax.tree.map(lambda x: x.astype(jnp.bfloat16), grads)
     found = update(narrow_grads, narrow)

@@ -1,5 +1,7 @@
 """Errors at the door: what was expected, what came, where, what to do; nothing in silence."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from trees import SCALE
 
 import lorapro_jax as lp
 
-every_mode = pytest.mark.parametrize("mode", ["full", "factored"])
+every_mode = pytest.mark.parametrize("mode", trees.MODES)
 
 
 def tree(**shapes):
@@ -54,15 +56,15 @@ CHANGES = {
     ("mode", "change"),
     [
         (mode, change)
-        for mode in ("full", "factored")
+        for mode in trees.MODES
         for change in CHANGES
         # full mode's moments are the weight's, and go on at another rank
-        if mode == "factored" or not change.startswith("rank")
+        if mode != "full" or not change.startswith("rank")
     ],
 )
 def test_a_state_of_other_pairs_names_the_group_and_both_shapes(mode, change):
     before, after = (tree(**shapes) for shapes in CHANGES[change])
-    tx = lp.scale_by_lorapro_adam(SCALE, mode=mode)
+    tx = trees.direction(mode)
     state = state_of(tx, before)
     message = (
         r"State\.\w+ does not fit the parameters: the state has (\(.*\)|nothing) for '(x|layers_).*"
@@ -71,10 +73,12 @@ def test_a_state_of_other_pairs_names_the_group_and_both_shapes(mode, change):
         update(tx, state, after)
 
 
-@pytest.mark.parametrize(("made", "used"), [("full", "factored"), ("factored", "full")])
+@pytest.mark.parametrize(
+    ("made", "used"), [("full", "factored"), ("factored", "full"), ("muon", "full")]
+)
 def test_a_state_of_another_mode_names_both(made, used):
     params = tree(x=(6, 2, 5))
-    state = state_of(lp.lorapro_adamw(1e-3, SCALE, mode=made), params)
+    state = state_of(trees.optimizer(made, 1e-3), params)
     with pytest.raises(ValueError, match=f"of {made.title()}State.* needs {used.title()}State"):
         update(lp.lorapro_adamw(1e-3, SCALE, mode=used), state, params)
 
@@ -159,21 +163,23 @@ def test_concrete_jax_arrays_are_numbers_under_jit(mode):
         return tx.update(grads, tx.init(params), params)[0]
 
     numbers = {
-        "learning_rate": 1e-3, "scale": 16 / 8**0.5, "b1": 0.9, "b2": 0.99, "eps": 1e-7,
-        "damping": 1e-5, "floor": 0.02, "clipping_threshold": 0.9, "weight_decay": 0.1,
-        "radius": 0.1,
+        "rate": 1e-3, "scale": 16 / 8**0.5, "damping": 1e-5, "weight_decay": 0.1, "radius": 0.1
     }  # fmt: skip
+    if mode == "muon":
+        numbers |= {"beta": 0.9, "rms": 0.1, "adam_b1": 0.8, "adam_b2": 0.99, "adam_eps": 1e-7}
+    else:
+        numbers |= {"b1": 0.9, "b2": 0.99, "eps": 1e-7, "floor": 0.02, "clipping_threshold": 0.9}
 
     @jax.jit
     def concrete(params, grads):
         given = {k: jnp.asarray(v) for k, v in numbers.items()} | {"scale": 16 / jnp.sqrt(8)}
-        return step(lambda: lp.lorapro_adamw(**given, mode=mode), params, grads)
+        return step(lambda: trees.optimizer(mode, **given), params, grads)
 
     @jax.jit
     def traced(given, params, grads):
-        return step(lambda: lp.lorapro_adamw(**given, mode=mode), params, grads)
+        return step(lambda: trees.optimizer(mode, **given), params, grads)
 
-    expected = jax.jit(lambda *x: step(lambda: lp.lorapro_adamw(**numbers, mode=mode), *x))(
+    expected = jax.jit(functools.partial(step, lambda: trees.optimizer(mode, **numbers)))(
         params, grads
     )
     trees.assert_close(concrete(params, grads), expected, rtol=1e-5)

@@ -48,17 +48,17 @@ def test_every_leaf_gets_a_label(wrap):
 
 
 @every_container
-@pytest.mark.parametrize("mode", ["full", "factored"])
+@pytest.mark.parametrize("mode", trees.MODES)
 def test_the_base_does_not_move_and_holds_no_state(wrap, mode):
     params, grads = with_base()
     params, grads = wrap(params), wrap(grads)
     tx = lp.freeze_base(
-        lp.lorapro_adamw(1e-2, trees.SCALE, mode=mode, weight_decay=0.1),
+        trees.optimizer(mode, 1e-2, weight_decay=0.1),
         extra={r"head/.*": optax.adamw(1e-3)},
     )
     state = tx.init(params)
     lora_only, _ = lp.split(params)
-    inner = lp.lorapro_adamw(1e-2, trees.SCALE, mode=mode).init(lora_only)
+    inner = trees.optimizer(mode, 1e-2).init(lora_only)
     held = sum(x.size for x in jax.tree.leaves(state) if x.ndim)
     assert held == sum(x.size for x in jax.tree.leaves(inner) if x.ndim) + 2 * (4 * 2 + 2)
     update = jax.jit(tx.update)
@@ -115,12 +115,12 @@ class Model(nnx.Module):
         return x
 
 
-@pytest.mark.parametrize("mode", ["full", "factored"])
+@pytest.mark.parametrize("mode", trees.MODES)
 @pytest.mark.parametrize("frozen", [False, True])
 def test_nnx_optimizer_trains_the_adapters_only(mode, frozen):
     """wrt=LoRAParam, and wrt=Param with freeze_base, on flax's own LoRALinear."""
     model = Model(nnx.Rngs(0))
-    tx = lp.lorapro_adamw(1e-2, 1.0, mode=mode)
+    tx = trees.optimizer(mode, 1e-2, 1.0)
     wrt = nnx.Param if frozen else nnx.LoRAParam
     optimizer = nnx.Optimizer(model, lp.freeze_base(tx) if frozen else tx, wrt=wrt)
     before = {path: np.asarray(x) for path, x in nnx.to_flat_state(nnx.state(model, nnx.Param))}

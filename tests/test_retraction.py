@@ -117,13 +117,12 @@ def start(rng, dtype=jnp.float32):
 
 
 @pytest.mark.float32
-@pytest.mark.parametrize("mode", ["full", "factored"])
+@pytest.mark.parametrize("mode", trees.MODES)
 def test_no_step_is_above_the_bound_at_any_rate(rng, mode):
     """The radius at first, then a quarter more than the recent steps."""
     params, G, radius = start(rng)
-    sizes, bounded = moves(
-        [1e-4, 1e-2, 1.0, 1e3], G, lambda rate: lp.lorapro_adamw(rate, SCALE, mode=mode), params
-    )
+    rates = [1e-4, 1e-2, 1.0, 1e3]
+    sizes, bounded = moves(rates, G, lambda rate: trees.optimizer(mode, rate), params)
     assert np.all(np.isfinite(sizes))
     assert np.all(sizes[:, 0] <= 1.01 * radius)
     largest = np.maximum.accumulate(sizes, axis=1)

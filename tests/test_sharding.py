@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import lorapro_jax as lp
 
-MODES = ("lorapro", "factored", "full")
+MODES = ("lorapro", "factored", "full", "muon")
 AXES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 R = 5
 # name: shapes of a and b, and their specs. Every factor has an axis of a size in FACTOR_SIZES.
@@ -56,7 +56,7 @@ def transformation(mode, params):
     layout = layout_of(params)
     if mode == "lorapro":
         return optax.chain(lp.lorapro(2.0, layout=layout), optax.sgd(0.1))
-    return lp.lorapro_adamw(1e-2, 2.0, mode=mode, weight_decay=0.1, layout=layout)
+    return trees.optimizer(mode, 1e-2, weight_decay=0.1, layout=layout)
 
 
 def sharded(shapes, seed=0):

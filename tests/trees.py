@@ -6,7 +6,10 @@ import numpy as np
 import optax
 import oracle
 
+import lorapro_jax as lp
+
 SCALE = 2.0
+MODES = ("full", "factored", "muon")
 SHAPES = {"up_0": (12, 3, 8), "down": (8, 3, 12), "up_1": (12, 3, 8), "wide": (6, 2, 20)}
 # r below, at and above the sides of the pair
 SIDES = [(6, 2, 5), (1, 1, 1), (3, 8, 2), (12, 12, 6), (9, 4, 17)]
@@ -19,6 +22,20 @@ def make(seed=0, dtype=None, shapes=None):
     params = {name: node(a, b, dtype) for name, (a, b, _) in dense.items()}
     grads = {name: gradient_node(a, b, G, dtype) for name, (a, b, G) in dense.items()}
     return params, grads, dense
+
+
+def direction(mode, scale=SCALE, **options):
+    """The direction of a mode: Muon's, or one of Adam's."""
+    if mode == "muon":
+        return lp.scale_by_lorapro_muon(scale, **options)
+    return lp.scale_by_lorapro_adam(scale, mode=mode, **options)
+
+
+def optimizer(mode, rate, scale=SCALE, **options):
+    """The whole optimizer of a mode."""
+    if mode == "muon":
+        return lp.lorapro_muon(rate, scale, **options)
+    return lp.lorapro_adamw(rate, scale, mode=mode, **options)
 
 
 def gradient_node(a, b, G, dtype=None):
