@@ -29,7 +29,7 @@ from experiments.models import get as model_named
 from experiments.models import llama_files
 
 LORA, PEER = "lora", "peft lora"
-PRO = ("lorapro-factored", "lorapro-full", "lorapro-adamw")
+PRO = ("lorapro-factored", "lorapro-full", "lorapro-muon", "lorapro-adamw")
 METHODS = (LORA, *PRO, "full")  # of `experiments.finetune`
 
 

@@ -63,6 +63,7 @@ def transformations(layout: lp.Layout | None = None) -> dict[str, Any]:
         "chain": optax.chain(lp.lorapro(SCALE, layout=layout), adamw),
         "factored": lp.lorapro_adamw(RATE, SCALE, mode="factored", layout=layout),
         "full": lp.lorapro_adamw(RATE, SCALE, mode="full", layout=layout),
+        "muon": lp.lorapro_muon(RATE, SCALE, layout=layout),
     }
 
 

@@ -21,6 +21,7 @@ from experiments.pod.slice import devices
 from experiments.pod.step import Step, make, make_update
 
 SMALLEST = "v5e:2x2"
+OURS = ("factored", "full", "muon")
 
 
 def update(variant: str, shapes: t5.Shapes, rank: int) -> Step:
@@ -63,9 +64,12 @@ def llama(topology: str) -> list[dict]:
 def bounds(rows: list[dict]) -> list[dict]:
     """The figures that have a bound."""
     cycles = {row["variant"]: row["cycles"] for row in rows}
-    calls = sum(len(row["custom_calls"]) for row in rows if row["variant"] in ("factored", "full"))
+    calls = sum(len(row["custom_calls"]) for row in rows if row["variant"] in OURS)
     found = [
-        timing.bounded("factored / adamw, cycles", cycles["factored"] / cycles["adamw"], most=3.0),
+        *(
+            timing.bounded(f"{name} / adamw, cycles", cycles[name] / cycles["adamw"], most=3.0)
+            for name in ("factored", "muon")
+        ),
         timing.bounded("custom calls in LoRA-Pro's updates", calls, most=0),
     ]
     if whole := cycles.get("llama3-8b step"):
@@ -80,7 +84,7 @@ def main(
     out: pathlib.Path = timing.RESULTS / "tpu.jsonl",
 ) -> None:
     """Compiles, shows, and appends JSON lines."""
-    rows = measure(("adamw", "chain", "factored", "full"), t5.base(), rank)
+    rows = measure(("adamw", "chain", *OURS), t5.base(), rank)
     rows += llama(llama_on) if llama_on else []
     settings = {"rank": rank, "topology": SMALLEST, "llama": llama_on}
     timing.report("tpu", rows, bounds(rows), settings, out)

@@ -79,6 +79,7 @@ def peers(shapes: t5.Shapes, rank: int) -> dict[str, Callable[[], None]]:
 def bounds(times: timing.Times) -> list[dict]:
     """The ratios that have a bound."""
     wanted = [("factored", "adamw", 8.0, 0.0), ("full", "dense adam", 2.0, 0.0)]
+    wanted += [("muon", "factored", 1.3, 0.0)]
     if "peer full" in times:
         wanted += [("peer efficient", "chain", None, 25.0), ("peer full", "full", None, 10.0)]
     return [timing.ratio(times, *pair, most=most, least=least) for *pair, most, least in wanted]

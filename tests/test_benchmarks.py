@@ -45,14 +45,14 @@ def test_by_turns_takes_each_variant_as_often_as_asked():
 
 def test_update_measures_every_ratio_that_has_a_bound(tmp_path):
     times = timing.by_turns(update.ours(TINY, 2), 2)
-    assert set(times) == {"adamw", "chain", "factored", "full", "dense adam"}
+    assert set(times) == {"adamw", "chain", "factored", "full", "muon", "dense adam"}
     out = tmp_path / "results" / "update.jsonl"
     timing.report("update", timing.medians(times), update.bounds(times), {"rank": 2}, out)
     lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert len(lines) == 7
+    assert len(lines) == 9
     assert all(line["benchmark"] == "update" and line["versions"]["jax"] for line in lines)
     peers = {"peer efficient": times["chain"], "peer full": times["full"]}
-    assert len(update.bounds(times | peers)) == 4
+    assert len(update.bounds(times | peers)) == 5
 
 
 def test_train_step_measures_both_frameworks(monkeypatch):
@@ -105,7 +105,7 @@ def test_bound_counts_the_steps_after_the_first_twentieth(monkeypatch):
 
 def test_tpu_cycles_of_a_tiny_update():
     pytest.importorskip("libtpu")
-    rows = tpu.measure(("adamw", "factored"), TINY, 2)
+    rows = tpu.measure(("adamw", "factored", "muon"), TINY, 2)
     assert all(row["cycles"] > 0 and row["custom_calls"] == () for row in rows)
-    assert len(tpu.bounds(rows)) == 2
+    assert len(tpu.bounds(rows)) == 3
     assert jax.default_backend() == "cpu"

@@ -23,6 +23,7 @@ RATES = {
     "lora": 2e-3,
     "lorapro-full": 2e-4,
     "lorapro-factored": 2e-4,
+    "lorapro-muon": 1e-3,
     "lorapro-adamw": 2e-3,
 }
 
@@ -206,7 +207,7 @@ class Run:
     """A few seconds of the same on a random tiny model, and on its embedded task unless data are
     given; it sets epochs, batches, lengths and examples, and takes the first seed."""
     methods: Annotated[tuple[str, ...], _list_of(str, "NAME,NAME,...")] = tuple(RATES)
-    """Any of full, lora, lorapro-full, lorapro-factored, lorapro-adamw."""
+    """Any of full, lora, lorapro-full, lorapro-factored, lorapro-muon, lorapro-adamw."""
     learning_rates: Annotated[
         tuple[checks.Positive, ...] | None,
         _list_of(float, "RATE,RATE,..."),

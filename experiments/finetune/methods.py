@@ -46,6 +46,13 @@ def _lorapro(run: RunConfig, rate: optax.Schedule, mode: str) -> optax.GradientT
     return lp.lorapro_adamw(rate, run.scale, mode=mode, layout=layout_of(run), **_adam(run))
 
 
+def _muon(run: RunConfig, rate: optax.Schedule) -> optax.GradientTransformation:
+    """Its own momentum; of b1, b2 and eps only the leaves in no pair know."""
+    adam = {"adam_b1": run.b1, "adam_b2": run.b2, "adam_eps": run.eps}
+    layout, decay = layout_of(run), run.weight_decay
+    return lp.lorapro_muon(rate, run.scale, layout=layout, weight_decay=decay, **adam)
+
+
 def _projected_adamw(run: RunConfig, rate: optax.Schedule) -> optax.GradientTransformation:
     """The paper's efficient form: AdamW, which is given the projected gradients."""
     return optax.chain(lp.lorapro(run.scale, layout=layout_of(run)), _adamw(run, rate))
@@ -56,6 +63,7 @@ METHODS: dict[str, Method] = {
     "lora": Method(True, _adamw),
     "lorapro-full": Method(True, functools.partial(_lorapro, mode="full")),
     "lorapro-factored": Method(True, functools.partial(_lorapro, mode="factored")),
+    "lorapro-muon": Method(True, _muon),
     "lorapro-adamw": Method(True, _projected_adamw),
 }
 

@@ -21,7 +21,7 @@ import lorapro_jax as lp
 from experiments.pod.workloads import SCALE, Tree, Workload
 
 # LoRA-Pro's modes, AdamW on the projected gradients (the paper's efficient form), and plain LoRA.
-MODES = ("factored", "full", "chain", "lora")
+MODES = ("factored", "full", "muon", "chain", "lora")
 # Kernels whose inputs are split over `tensor`: they follow one whose outputs are.
 _ROW_PARALLEL = re.compile(r"(.*/)?(o|down)/(kernel|lora_[ab])")
 
@@ -40,6 +40,8 @@ def optimizer(mode: str, work: Workload, rate: float = 1e-4) -> optax.GradientTr
         return optax.chain(clip, optax.adamw(rate))
     if mode == "chain":
         return optax.chain(clip, lp.lorapro(SCALE, layout=work.layout), optax.adamw(rate))
+    if mode == "muon":
+        return optax.chain(clip, lp.lorapro_muon(rate, SCALE, layout=work.layout))
     return optax.chain(clip, lp.lorapro_adamw(rate, SCALE, mode=mode, layout=work.layout))
 
 
