@@ -7,6 +7,7 @@ import pathlib
 import re
 import time
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
@@ -106,7 +107,9 @@ def test_the_terminals_tables_of_all_methods_fit(columns):
     with console.capture() as captured:
         for table in tables.tables(_rows(records)):
             console.print(tables.rich_table(table))
-    assert captured.get().count("0.800±0.002*") == 2 * len(plots.STYLES)  # at its best, by rate
+    assert captured.get().count("0.800±0.002*") == len(plots.STYLES)  # at its best
+    assert captured.get().count("0.800* ") == len(plots.STYLES)  # by rate
+    assert len(captured.get().splitlines()[0]) <= 80
     assert "…" not in captured.get()
 
 
@@ -164,9 +167,9 @@ def swept(means=MEANS, **other) -> list[dict]:
 def test_the_good_band_is_the_rates_within_one_standard_error_of_the_best():
     _, by_rate = tables.tables(_rows(swept()))
     cells = _cells(by_rate)
-    assert list(cells) == ["1e-5", "3e-5", "1e-4", "3e-4", "1e-3", "3e-3", "best"]
+    assert by_rate.headings == ["method", "1e-5", "3e-5", "1e-4", "3e-4", "1e-3", "3e-3", "best"]
     bands = {
-        method: [rate for rate, line in cells.items() if line[method].endswith("*")]
+        method: [rate for rate, cell in cells[method].items() if cell.endswith("*")]
         for method in MEANS
     }
     assert bands == {
@@ -174,8 +177,8 @@ def test_the_good_band_is_the_rates_within_one_standard_error_of_the_best():
         "lorapro-full": ["3e-5", "3e-4"],
         "lorapro-adamw": ["3e-3"],
     }
-    assert list(cells["best"].values()) == ["best", "3e-4", "3e-4", "3e-3"]
-    assert cells["1e-5"]["lora"] == "0.600 ± 0.002"
+    assert [cells[method]["best"] for method in MEANS] == ["3e-4", "3e-4", "3e-3"]
+    assert cells["lora"]["1e-5"] == "0.600 ± 0.002"
 
 
 def _lost(one: dict) -> dict:
@@ -186,8 +189,8 @@ def test_a_rate_with_a_diverged_seed_has_no_mean_and_is_not_the_best():
     at = {"method": "lora", "learning_rate": 3e-4, "seed": 1}
     records = [_lost(r) if at.items() <= r["config"].items() else r for r in swept()]
     methods, by_rate = map(_cells, tables.tables(_rows(records)))
-    assert by_rate["3e-4"]["lora"] == "1/3 diverged"
-    assert methods["lora"]["best rate"] == by_rate["best"]["lora"] == "1e-4"
+    assert by_rate["lora"]["3e-4"] == "1/3 diverged"
+    assert methods["lora"]["best rate"] == by_rate["lora"]["best"] == "1e-4"
 
 
 def test_a_method_that_diverged_everywhere_is_in_every_table_and_plot(tmp_path):
@@ -195,10 +198,17 @@ def test_a_method_that_diverged_everywhere_is_in_every_table_and_plot(tmp_path):
     rows = _rows(records)
     methods, by_rate = map(_cells, tables.tables(rows))
     assert list(methods["lora"].values()) == ["lora", "–", "3", "3/3 diverged", "0.01", "–"]
-    assert [line["lora"] for line in by_rate.values()] == ["3/3 diverged"] * len(RATES) + ["–"]
+    assert list(by_rate["lora"].values())[1:] == ["3/3 diverged"] * len(RATES) + ["–"]
     assert len(plots.draw(rows, tmp_path)) == 3
     alone = [r for r in rows if r.method == "lora"]
     plots.draw(alone[:2], tmp_path)  # scores of nothing but runs that diverged
+
+
+def test_a_curve_goes_to_the_last_step_that_all_seeds_have():
+    whole, short = record(seed=0), record(seed=1)
+    ax = plt.figure().add_subplot()
+    plots.loss_curves(ax, _rows([whole, short | {"losses": short["losses"][:40]}]))
+    assert ax.lines[0].get_xdata()[-1] == 40
 
 
 def test_other_settings_are_another_sweep_and_one_rate_is_none():

@@ -26,6 +26,7 @@ STYLES = {
     "lora": {"color": "#008060", "ls": "--", "marker": "s"},
     "lorapro-full": {"color": "#0072B2", "ls": "-", "marker": "^"},
     "lorapro-factored": {"color": "#C84E00", "ls": (0, (6, 1.5, 1, 1.5)), "marker": "D"},
+    "lorapro-muon": {"color": "#B8860B", "ls": (0, (3, 1, 1, 1, 1, 1)), "marker": "P"},
     "lorapro-adamw": {"color": "#AA4499", "ls": "-.", "marker": "v"},
 }
 SMOOTHED_OVER = 10  # a point of a curve is the mean of this share of it: 1/10
@@ -76,11 +77,16 @@ def _figure(rows: Sequence[Row], panel: Callable, path: storage.Path) -> storage
 
 
 def loss_curves(ax: Axes, rows: Sequence[Row]) -> tuple[str, str]:
-    """Training loss by step: each method at its best rate, smoothed, the mean over the seeds."""
+    """Training loss by step: each method at its best rate, smoothed, the mean over the seeds.
+
+    Up to the last step that all seeds have: of a language model's rows one seed may draw more that
+    are too long than another.
+    """
     labels = []
     for row in (row for row in best_rows(rows) if not row.diverged):
         style = STYLES[row.method]
-        curves = [np.array(record["losses"]) for record in row.records]
+        shortest = min(len(record["losses"]) for record in row.records)
+        curves = [np.array(record["losses"][:shortest]) for record in row.records]
         steps = curves[0][:, 0]
         losses = smoothed(np.mean([curve[:, 1] for curve in curves], axis=0))
         ax.plot(steps, losses, **style | {"marker": ""}, lw=1.6)

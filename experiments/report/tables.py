@@ -1,6 +1,7 @@
 """Rows as tables: of a task its methods, of a sweep the score by rate."""
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from rich.box import SIMPLE
 
 from experiments.report.summary import DEFAULTS, Row, best_rows, groups, is_sweep, rate_text, ties
 
+_WIDTH = 80
 _SPREAD = "Mean ± standard deviation over the seeds."
 
 
@@ -65,17 +67,15 @@ def _data(group: Sequence[Row]) -> str:
 
 
 def _by_rate(title: str, group: Sequence[Row]) -> Table:
-    best = {row.method: row for row in best_rows(group)}
-    rows = {(row.learning_rate, row.method): row for row in group}
-    bands = {name: ties([row for row in group if row.method == name]) for name in best}
-    lines = [
-        [rate_text(rate), *(_score(rows.get((rate, name)), bands[name]) for name in best)]
-        for rate in sorted({row.learning_rate for row in group})
-    ]
-    rates = ["–" if row.diverged else rate_text(row.learning_rate) for row in best.values()]
-    lines.append(["best", *rates])
+    rates, lines = sorted({row.learning_rate for row in group}), []
+    for best in best_rows(group):
+        mine = {row.learning_rate: row for row in group if row.method == best.method}
+        band = ties(list(mine.values()))
+        last = "–" if best.diverged else rate_text(best.learning_rate)
+        lines.append([best.method, *(_score(mine.get(rate), band) for rate in rates), last])
     note = f"{_SPREAD} Marked: the good band, within one standard error of a method's best."
-    return Table(f"{title}: {group[0].metric} by rate", note, ["rate", *best], lines)
+    headings = ["method", *map(rate_text, rates), "best"]
+    return Table(f"{title}: {group[0].metric} by rate", note, headings, lines)
 
 
 def _score(row: Row | None, marked: Sequence[Row]) -> str:
@@ -88,14 +88,19 @@ def _score(row: Row | None, marked: Sequence[Row]) -> str:
 
 
 def rich_table(table: Table) -> rich.table.Table:
-    """For a terminal of 80 columns; what is marked has a star."""
-    named = {"title": table.title, "caption": table.note}
+    """For a terminal of 80 columns: wide tables show no spreads. What is marked has a star."""
+    lines = [[cell.replace(" ± ", "±") for cell in line] for line in table.lines]
+    note = table.note
+    if sum(max(len(cell) + 1 for cell in column) for column in zip(*lines, strict=True)) > _WIDTH:
+        lines = [[re.sub(r"±[\d.]+", "", cell) for cell in line] for line in lines]
+        note = note.replace(_SPREAD, "Means over the seeds.")
+    named = {"title": table.title, "caption": note}
     shown = rich.table.Table(**named, box=SIMPLE, padding=(0, 0, 0, 1))
     for number, heading in enumerate(table.headings):
         words = heading.replace("lorapro-", "lorapro-\n").replace(" (", "\n(")
         shown.add_column(words, justify="right" if number else "left", no_wrap=True)
-    for line in table.lines:
-        shown.add_row(*(cell.replace(" ± ", "±") for cell in line))
+    for line in lines:
+        shown.add_row(*line)
     return shown
 
 
