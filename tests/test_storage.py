@@ -249,7 +249,9 @@ assert finetune.main(tiny(storage.at("WHOLE"), **FLAGS)) == 0
 def test_a_run_in_a_bucket_ends_as_one_on_a_disk_though_it_was_stopped(tmp_path):
     with _bucket_after(STOPPED.replace("WHOLE", str(tmp_path))) as bucket:
         run = f"runs/{NAME}"
-        files = {"config.json", "final.safetensors", "metrics.jsonl", "result.json"}
+        files = {
+            "config.json", "final.safetensors", "lora_config.json", "metrics.jsonl", "result.json"
+        }  # fmt: skip
         shared = {"runs/pydoc-tiny-loss.png", "runs/results.jsonl"}
         assert set(bucket.objects) == {f"{run}/{name}" for name in files} | shared
         for name in ("final.safetensors", "metrics.jsonl", "config.json"):

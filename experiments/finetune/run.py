@@ -49,8 +49,9 @@ def run_or_read(run: RunConfig, session: Session, title: str) -> dict[str, Any]:
         def opened() -> dict | None:
             held.enter_context(locked(folder))
             checkpoint.claim(folder, run)
-            adapter_config.write(folder, run)
-            return checkpoint.read_result(folder)
+            if (result := checkpoint.read_result(folder)) is None:
+                adapter_config.write(folder, run)
+            return result
 
         if (result := once(opened)) is not None:
             ended = "diverged" if "diverged" in result else "complete"

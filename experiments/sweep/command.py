@@ -30,6 +30,7 @@ from experiments.finetune.grid import read, runs
 from experiments.finetune.prepare import build, load_data
 from experiments.finetune.progress import shown
 from experiments.finetune.run import batch_ids, divergence, result_of, sizes_of
+from experiments.models import get as model_named
 from experiments.storage import locked
 from experiments.sweep.together import join, train
 
@@ -56,7 +57,9 @@ class Command(Together, Grid):
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status, 1 if a run diverged."""
     asked = read(argv, "python -m experiments.sweep", Command)
-    command = checked(dataclasses.replace(asked, answers=0))
+    if model_named(asked.model).kind == "decoder":
+        asked = dataclasses.replace(asked, answers=0)
+    command = checked(asked)
     return 1 if sweep(command, terminal()) else 0
 
 
