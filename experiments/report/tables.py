@@ -58,7 +58,7 @@ def _methods(title: str, group: Sequence[Row]) -> Table:
 
 def _data(group: Sequence[Row]) -> str:
     record = group[0].records[0]
-    used = record["train_examples"]
+    used = max(r["train_examples"] for row in group for r in row.records)
     share = used / record["train_examples_available"]
     most = max(r["steps"] for row in group for r in row.records)  # one that diverged has fewer
     steps = f"{most:,} steps of {record['config']['batch_size']}"
