@@ -88,10 +88,10 @@ def retraction_rule(radius: Any, damping: Any) -> Rule:
     def one(p: Factors, step: Step, state: tuple[Array, ...]):
         recent, bounded = state
         P, Q = gram_left(p.a, p.a), gram_right(p.b, p.b)
-        da, db = gram_left(step[0], step[0]), gram_right(step[1], step[1])
+        grams = gram_left(step[0], step[0]), gram_right(step[1], step[1])
         # s sqrt(||da b||² + ||a db||²), the norm of s (da b + a db) where its terms are orthogonal.
         # Of the sum itself it would be a difference, and a rounding error where that is small.
-        size = p.s * jnp.sqrt(jnp.maximum(jnp.sum(da * Q) + jnp.sum(P * db), 0))
+        size = p.s * jnp.sqrt(jnp.maximum(jnp.sum(grams[0] * Q) + jnp.sum(P * grams[1]), 0))
         factor = jnp.ones((), P.dtype)
         if radius is not None:
             mean = jnp.maximum(jnp.trace(P), jnp.trace(Q)) / len(P)
@@ -100,7 +100,8 @@ def retraction_rule(radius: Any, damping: Any) -> Rule:
         recent = mean_root(factor * size, recent, _DECAY)
         bounded = bounded + (factor < 1).astype(bounded.dtype)
         step = factor * step[0], factor * step[1]
-        return fitted(p, P, Q, step, damping), (recent, bounded)
+        grams = tuple(jnp.where(factor > 0, factor**2 * x, 0) for x in grams)  # also where infinite
+        return fitted(p, P, Q, step, grams, damping), (recent, bounded)
 
     def update(p: Factors, step: Any, state: Any, count: Array):
         del count
@@ -109,13 +110,13 @@ def retraction_rule(radius: Any, damping: Any) -> Rule:
     return Rule(update, RetractState, init)
 
 
-def fitted(p: Factors, P: Array, Q: Array, step: Step, damping: Any) -> Step:
-    """The (da, db) that moves the product by da b + a db, up to the fit."""
+def fitted(p: Factors, P: Array, Q: Array, step: Step, grams: Step, damping: Any) -> Step:
+    """The step that moves the product by da b + a db, up to the fit; `grams` are da's and db's."""
     da, db = step
     b_first = jnp.trace(P) >= jnp.trace(Q)
     old = jnp.where(b_first, Q, P)  # of the factor that moves first
     mixed = jnp.where(b_first, gram_right(p.b, db), gram_left(p.a, da))
-    new = old + mixed + mixed.T + jnp.where(b_first, gram_right(db, db), gram_left(da, da))
+    new = old + mixed + mixed.T + jnp.where(b_first, grams[1], grams[0])
     floor = jnp.maximum(ridge(P, Q, damping), ridge(new, new, damping))
     eye = jnp.eye(len(P), dtype=P.dtype)
     J = inverse_cholesky(new + floor * eye, floor)

@@ -30,14 +30,15 @@ def inverse_cholesky(P: Float[Array, "r r"], floor: Float[Array, ""]) -> Float[A
 
 
 def _eliminate(P: Float[Array, "r r"], floor: Float[Array, ""]) -> Float[Array, "r r"]:
-    """The same by Gaussian elimination on [P I], written out: D L'ᵀ and L'⁻¹ of P = L' D L'ᵀ."""
+    """The same by Gaussian elimination on [P; I], written out: L' D and L'⁻ᵀ of P = L' D L'ᵀ."""
     r, eye = len(P), jnp.eye(len(P), dtype=P.dtype)
-    below, rest = jnp.tril(jnp.ones_like(P), -1), jnp.concatenate([P, eye], axis=1)
+    right, rest = jnp.triu(jnp.ones_like(P), 1), jnp.concatenate([P, eye])
     for k in range(r - 1):
-        factors = below[:, k] * rest[:, k] / jnp.maximum(rest[k, k], floor)
-        rest = rest - factors[:, None] * rest[k][None]
-    pivots = jnp.sum(eye * rest[:, :r], axis=1)  # a gather would be a custom call on a TPU
-    return rest[:, r:] * lax.rsqrt(jnp.maximum(pivots, floor))[:, None]
+        column = rest[:, k]  # its first r are row k too: what is left of P is symmetric
+        factors = right[k] * column[:r] / jnp.maximum(column[k], floor)
+        rest = rest - column[:, None] * factors[None]
+    pivots = jnp.sum(eye * rest[:r], axis=0)  # a gather would be a custom call on a TPU
+    return rest[r:].T * lax.rsqrt(jnp.maximum(pivots, floor))[:, None]
 
 
 def orthogonal(M: Float[Array, "k k"]) -> Float[Array, "k k"]:
