@@ -39,16 +39,15 @@ def muon_rule(beta: Any, nesterov: bool, rms: Any, damping: Any, mu_dtype: Any) 
 
     def one(p: Factors, h: Step, state: tuple[Array, ...]):
         f, dtype = frames(p, damping), p.a.dtype
-        mu = tuple(mean(new, old, beta) for new, old in zip(h, state, strict=True))
-        ahead = tuple(mean(new, old, beta) for new, old in zip(h, mu, strict=True))
-        h_a, h_b = ahead if nesterov else mu
-        size = largest(h_a, h_b)
+        mu = mean(h[0], state[0], beta), mean(h[1], state[1], beta)
+        ahead = (mean(h[0], mu[0], beta), mean(h[1], mu[1], beta)) if nesterov else mu
+        size = largest(*ahead)
         m, n = (x.size // len(f.S_a) for x in (p.a, p.b))
         length = jnp.asarray(rms, dtype) * ((m + n) / 2) ** 0.5
-        T = tangent(f, h_a / size, h_b / size)
+        T = tangent(f, ahead[0] / size, ahead[1] / size)
         # Averages of h_a and h_b are no projections of one matrix; those of T are.
         T = rescaled(f, T, jnp.ones_like(p.a[..., 0]), jnp.ones_like(p.b[0]))
-        stored = tuple(x.astype(y.dtype) for x, y in zip(mu, state, strict=True))
+        stored = mu[0].astype(state[0].dtype), mu[1].astype(state[1].dtype)
         return to_factors(f, times(polar(f, T, damping), length)), stored
 
     def update(p: Factors, h: Step, state: tuple[Array, ...], count: Array):

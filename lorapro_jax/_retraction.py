@@ -88,10 +88,10 @@ def retraction_rule(radius: Any, damping: Any) -> Rule:
     def one(p: Factors, step: Step, state: tuple[Array, ...]):
         recent, bounded = state
         P, Q = gram_left(p.a, p.a), gram_right(p.b, p.b)
-        grams = gram_left(step[0], step[0]), gram_right(step[1], step[1])
+        da, db = gram_left(step[0], step[0]), gram_right(step[1], step[1])
         # s sqrt(||da b||² + ||a db||²), the norm of s (da b + a db) where its terms are orthogonal.
         # Of the sum itself it would be a difference, and a rounding error where that is small.
-        size = p.s * jnp.sqrt(jnp.maximum(jnp.sum(grams[0] * Q) + jnp.sum(P * grams[1]), 0))
+        size = p.s * jnp.sqrt(jnp.maximum(jnp.sum(da * Q) + jnp.sum(P * db), 0))
         factor = jnp.ones((), P.dtype)
         if radius is not None:
             mean = jnp.maximum(jnp.trace(P), jnp.trace(Q)) / len(P)
@@ -100,8 +100,8 @@ def retraction_rule(radius: Any, damping: Any) -> Rule:
         recent = mean_root(factor * size, recent, _DECAY)
         bounded = bounded + (factor < 1).astype(bounded.dtype)
         step = factor * step[0], factor * step[1]
-        grams = tuple(jnp.where(factor > 0, factor**2 * x, 0) for x in grams)  # also where infinite
-        return fitted(p, P, Q, step, grams, damping), (recent, bounded)
+        da, db = (jnp.where(factor > 0, factor**2 * x, 0) for x in (da, db))  # also where infinite
+        return fitted(p, P, Q, step, (da, db), damping), (recent, bounded)
 
     def update(p: Factors, step: Any, state: Any, count: Array):
         del count

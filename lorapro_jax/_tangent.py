@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from lorapro_jax._moments import positive
 from lorapro_jax._sharding import contract, dot, gram_left, gram_right
 from lorapro_jax._small import inverse_cholesky, orthogonal, sylvester
 
@@ -55,7 +56,7 @@ def ridge(P: Float[Array, "r r"], Q: Float[Array, "r r"], damping: Any) -> Float
     """
     trace, info = jnp.maximum(jnp.trace(P), jnp.trace(Q)), jnp.finfo(P.dtype)
     relative = jnp.maximum(jnp.asarray(damping, P.dtype) / len(P), 8 * info.eps)
-    return relative * jnp.where(trace > 0, trace, 1)
+    return relative * positive(trace)
 
 
 def frames(p: Factors, damping: Any) -> Frames:
@@ -145,8 +146,7 @@ def polar(f: Frames, T: Tangent, damping: Any) -> Tangent:
     """
     X, Y, C, r = beyond_a(f, T), beyond_b(f, T), T.C, len(T.C)
     XX, YY = gram_left(X, X), gram_right(Y, Y)
-    square = jnp.trace(XX) + jnp.trace(YY) + jnp.sum(C * C)
-    square = jnp.where(square > 0, square, 1)
+    square = positive(jnp.trace(XX) + jnp.trace(YY) + jnp.sum(C * C))
     info = jnp.finfo(square.dtype)
     floor = jnp.maximum(jnp.asarray(damping, square.dtype), 8 * info.eps) * square
     damped = floor * jnp.eye(r, dtype=square.dtype)

@@ -10,4 +10,11 @@ tiny model.
 
 from experiments.finetune.config import Command
 
-CONFIG = Command(config="t5_glue", model="t5", task="cola", learning_rates=(1e-4,), seeds=(0, 1, 2))
+CONFIG = Command(
+    config="t5_glue",
+    model="t5",
+    task="cola",
+    methods=("full", "lora", "lorapro-full", "lorapro-factored", "lorapro-adamw"),  # the table's
+    learning_rates=(1e-4,),
+    seeds=(0, 1, 2),
+)
