@@ -25,7 +25,16 @@ from lorapro_jax._layouts import Layout, kernel_spec
 from lorapro_jax._moments import correction, largest, mean, mean_root, positive
 from lorapro_jax._pairwise import Rule, Step, in_pairs, pairwise
 from lorapro_jax._sharding import explicit, spec_of
-from lorapro_jax._tangent import Factors, Frames, Tangent, frames, tangent, times, to_factors
+from lorapro_jax._tangent import (
+    Factors,
+    Frames,
+    Tangent,
+    clipped,
+    frames,
+    tangent,
+    times,
+    to_factors,
+)
 
 
 class Numbers(NamedTuple):
@@ -153,13 +162,6 @@ def full_rule(numbers: Numbers) -> Rule:
         return tuple(step), (mu, rms, size)
 
     return Rule(update, FullState, init, joins=False)
-
-
-def clipped(T: Tangent, threshold: Any) -> Tangent:
-    """T with a root mean square of `threshold` at most."""
-    if threshold is None:
-        return T
-    return times(T, jnp.minimum(1, threshold / positive(_tangent.root_mean_square(T))))
 
 
 def scale_by_lorapro_adam(

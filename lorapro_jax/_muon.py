@@ -18,7 +18,16 @@ from lorapro_jax._groups import Group, Scale, factor_zeros, over_batch
 from lorapro_jax._layouts import Layout
 from lorapro_jax._moments import largest, mean
 from lorapro_jax._pairwise import Rule, Step, in_pairs, pairwise
-from lorapro_jax._tangent import Factors, frames, polar, rescaled, tangent, times, to_factors
+from lorapro_jax._tangent import (
+    Factors,
+    clipped,
+    frames,
+    polar,
+    rescaled,
+    tangent,
+    times,
+    to_factors,
+)
 
 
 class MuonState(NamedTuple):
@@ -48,7 +57,9 @@ def muon_rule(beta: Any, nesterov: bool, rms: Any, damping: Any, mu_dtype: Any) 
         # Averages of h_a and h_b are no projections of one matrix; those of T are.
         T = rescaled(f, T, jnp.ones_like(p.a[..., 0]), jnp.ones_like(p.b[0]))
         stored = mu[0].astype(state[0].dtype), mu[1].astype(state[1].dtype)
-        return to_factors(f, times(polar(f, T, damping), length)), stored
+        # On frames that damping leaves short of orthonormal its norm could be above msign's.
+        U = clipped(polar(f, T, damping), (min(m, n, 2 * len(f.S_a)) / (m * n)) ** 0.5)
+        return to_factors(f, times(U, length)), stored
 
     def update(p: Factors, h: Step, state: tuple[Array, ...], count: Array):
         del count

@@ -44,8 +44,8 @@ def _eliminate(P: Float[Array, "r r"], floor: Float[Array, ""]) -> Float[Array, 
 def orthogonal(M: Float[Array, "k k"]) -> Float[Array, "k k"]:
     """The polar factor U Vᵀ of M = U Σ Vᵀ with ||M|| <= 1, by products (Jordan et al. 2024, Muon).
 
-    Singular values from 1e-3 to 1 become 1 to 6e-4, smaller ones grow up to a thousandfold, and
-    zeros stay.
+    Singular values from 1e-3 to 1 become 1 to 6e-4, smaller ones grow up to 6,000 times, and zeros
+    stay.
     """
     for a, b, c in (_COARSE,) * 6 + (_FINE,) * 2:
         S = dot(M, M.T)

@@ -113,6 +113,13 @@ def times(T: Tangent, factor: Array) -> Tangent:
     return Tangent(*(part * factor for part in T))
 
 
+def clipped(T: Tangent, threshold: Any) -> Tangent:
+    """T with a root mean square of `threshold` at most."""
+    if threshold is None:
+        return T
+    return times(T, jnp.minimum(1, threshold / positive(root_mean_square(T))))
+
+
 def mean_squares(f: Frames, T: Tangent) -> tuple[Float[Array, "*m"], Float[Array, "*n"]]:
     """Means of T² over each row's and each column's entries.
 

@@ -237,8 +237,9 @@ class Muon(Mode):
         U, sigma, V = np.linalg.svd(T / np.where(size > 0, size, 1)[..., None, None], False)
         for c1, c2, c3 in [(3.4445, -4.775, 2.0315)] * 6 + [(1.875, -1.25, 0.375)] * 2:
             sigma = c1 * sigma + c2 * sigma**3 + c3 * sigma**5
-        m, n = T.shape[-2:]
-        return self.rms * np.sqrt((m + n) / 2) * (U * sigma[..., None, :]) @ V
+        (m, n), length = T.shape[-2:], self.rms * np.sqrt(sum(T.shape[-2:]) / 2)
+        self.clip = length * np.sqrt(min(m, n, 2 * h_a.shape[-1]) / (m * n))  # no norm is larger
+        return length * (U * sigma[..., None, :]) @ V
 
 
 MODES = {"full": Full, "factored": Factored, "muon": Muon}
