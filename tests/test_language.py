@@ -91,7 +91,7 @@ def test_prompts_are_different_and_leave_room():
     found = language.prompts_of(rows, DIALECT, 2, 8)
     assert [prompt.text for prompt in found] == ["one", "two"]
     assert found[0].references == ("b", "c")
-    about = language.LanguageTask("x", "loss", 4, lambda *_: {}), language.Decoding(4)
+    about = language.LanguageTask("x", 4, lambda *_: {}), language.Decoding(4)
     questions = language.questions_of(found, DIALECT, *about, 4, 1, 2)
     assert [batch["tokens"].shape for batch in questions.batches] == [(2, 32)]
     assert said(questions.batches[0]["tokens"][0][-4:]) == "two\n"  # the last fills the batch up

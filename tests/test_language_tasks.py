@@ -46,12 +46,7 @@ def said(split):
 def test_both_kinds_of_tasks_are_found_by_name():
     assert not TASKS.keys() & LANGUAGE.keys()
     assert task_named("sst2") is TASKS["sst2"]
-    assert {name: task_named(name).metric for name in LANGUAGE} == {
-        "docstrings": "loss",
-        "e2e": "bleu",
-        "gsm8k": "exact_match",
-        "data": "loss",
-    }
+    assert task_named("e2e") is LANGUAGE["e2e"]
     with pytest.raises(ValueError, match="unknown task 'gsm8'; did you mean 'gsm8k'"):
         task_named("gsm8")
 
@@ -65,7 +60,7 @@ def test_the_tasks_alone_import_no_scorer():
 def test_empty_answers_score_nothing_and_right_ones_all(task: LanguageTask):
     references = [["It is 7 of them."], ["#### 12,000", "It took 12,000 of the days."]]
     assert set(task.score(["", " "], references).values()) == {0.0}
-    most = 1 if task.metric == "exact_match" else 100
+    most = 1 if task.name == "gsm8k" else 100
     found = task.score([known[-1] for known in references], references)
     assert list(found.values()) == pytest.approx([most])
 
@@ -310,7 +305,7 @@ def test_the_real_data_sets_have_their_published_counts(task, counts):
     found = LANGUAGE[task].score(
         [x.references[0] for x in validation[:50]], [x.references for x in validation[:50]]
     )
-    assert found[LANGUAGE[task].metric] == pytest.approx(100 if task == "e2e" else 1)
+    assert found == pytest.approx({"bleu": 100} if task == "e2e" else {"exact_match": 1})
 
 
 def test_own_data_in_both_forms_with_a_validation_file(tmp_path):

@@ -193,6 +193,18 @@ def test_a_rate_with_a_diverged_seed_has_no_mean_and_is_not_the_best():
     assert methods["lora"]["best rate"] == by_rate["lora"]["best"] == "1e-4"
 
 
+def test_a_language_models_rate_is_chosen_by_its_loss_with_its_answers_score_beside_it():
+    def of(rate, loss, bleu):
+        final = {"loss": loss, "perplexity": 3.0, "bleu": bleu}
+        return record("e2e", rate=rate) | {"metric": "loss", "final": final}
+
+    made = tables.tables(_rows([of(1e-3, 1.2, 50.0), of(3e-3, 1.1, 40.0), _lost(of(1e-2, 0, 0))]))
+    cells = _cells(made[0])["lora"]
+    assert (cells["best rate"], cells["loss"], cells["bleu (10 answers)"]) == (
+        "3e-3", "1.100", "40.000",
+    )  # fmt: skip
+
+
 def test_a_method_that_diverged_everywhere_is_in_every_table_and_plot(tmp_path):
     records = [_lost(r) if r["config"]["method"] == "lora" else r for r in swept()]
     rows = _rows(records)

@@ -21,7 +21,7 @@ from experiments.data import scores
 from experiments.data.language import Exchange, LanguageTask, held_out, question
 from experiments.data.task import Splits
 
-TASK = LanguageTask("docstrings", "loss", 48, scores.chrf)
+TASK = LanguageTask("docstrings", 48, scores.chrf)
 
 INSTRUCTION = "Write the first line of this function's docstring."
 MAX_LINES, MAX_SOURCE = 40, 1200  # of a function without its docstring: lines and characters

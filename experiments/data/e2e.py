@@ -11,7 +11,7 @@ from experiments.data import lines, scores
 from experiments.data.language import Exchange, LanguageTask, question
 from experiments.data.task import Splits
 
-TASK = LanguageTask("e2e", "bleu", 96, scores.bleu)
+TASK = LanguageTask("e2e", 96, scores.bleu)
 
 INSTRUCTION = "Describe the restaurant in a sentence or two."
 _NAMES = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}

@@ -10,7 +10,7 @@ from experiments.data import lines, scores
 from experiments.data.language import Exchange, LanguageTask, question
 from experiments.data.task import Splits
 
-TASK = LanguageTask("gsm8k", "exact_match", 400, scores.exact_match)
+TASK = LanguageTask("gsm8k", 400, scores.exact_match)
 
 _EXPECTED = '{"question": "What is 2 + 2?", "answer": "2 + 2 = 4\\n#### 4"}'
 _REMEDY = (

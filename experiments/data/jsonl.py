@@ -12,7 +12,7 @@ from experiments.data import lines, scores
 from experiments.data.language import Exchange, LanguageTask, Message, held_out
 from experiments.data.task import Splits
 
-TASK = LanguageTask("data", "loss", 256, scores.chrf)
+TASK = LanguageTask("data", 256, scores.chrf)
 
 ROLES = ("system", "user", "assistant")
 VALIDATION_SHARE, MAX_VALIDATION = 0.1, 500  # of the rows; more only make an evaluation longer

@@ -27,7 +27,6 @@ class LanguageTask:
     """A task whose answers are texts."""
 
     name: str  # as on the command line
-    metric: str  # the headline: "loss", "bleu" or "exact_match"
     max_new_tokens: int  # that an answer may take when it is generated
     # (answers, the references of each) -> metrics
     score: Callable[[Sequence[str], Sequence[Sequence[str]]], dict[str, float]]

@@ -118,9 +118,11 @@ def decoding_of(run: RunConfig) -> Decoding | None:
 
 
 def headline(run: RunConfig) -> str:
-    """The score that stands for a run: the task's, or the loss of a model that is not asked."""
-    asked = model_named(run.model).kind != "decoder" or run.answers
-    return task_named(run.task).metric if asked else "loss"
+    """The score that stands for a run: the task's, or a language model's loss per learnt token.
+
+    A few answers' score is too coarse to tell one rate from another.
+    """
+    return "loss" if model_named(run.model).kind == "decoder" else task_named(run.task).metric
 
 
 def loss_scores(outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:

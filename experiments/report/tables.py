@@ -10,6 +10,7 @@ from rich.box import SIMPLE
 
 from experiments.report.summary import DEFAULTS, Row, best_rows, groups, is_sweep, rate_text, ties
 
+ANSWERED = ("bleu", "chrf", "exact_match")  # scores of what a language model answers
 _WIDTH = 80
 _SPREAD = "Mean ± standard deviation over the seeds."
 
@@ -44,14 +45,25 @@ def tables(rows: Sequence[Row]) -> list[Table]:
 
 def _methods(title: str, group: Sequence[Row]) -> Table:
     best, metric, lines = best_rows(group), group[0].metric, []
-    marked = ties(best)
+    marked, config = ties(best), group[0].records[0]["config"]
+    answered = [name for name in ANSWERED if any(name in row.mean for row in best)]
     for row in best:
         rate, speed = "–", "–"
         if not row.diverged:
             rate, speed = rate_text(row.learning_rate), f"{row.mean['examples_per_second']:.0f}"
+        said = [f"{row.mean[name]:.3f}" if row.mean else "–" for name in answered]
         state = f"{row.records[0]['optimizer_state_bytes'] / 1e6:.2f}"
-        lines.append([row.method, rate, str(row.n), _score(row, marked), state, speed])
-    headings = ["method", "best rate", "seeds", metric, "optimizer state (MB)", "examples/s"]
+        lines.append([row.method, rate, str(row.n), _score(row, marked), *said, state, speed])
+    asked = [f"{name} ({config['answers']} answers)" for name in answered]
+    headings = [
+        "method",
+        "best rate",
+        "seeds",
+        metric,
+        *asked,
+        "optimizer state (MB)",
+        "examples/s",
+    ]
     note = f"{_data(group)} {_SPREAD} Marked: the best and what is within one standard error of it."
     return Table(f"{title}: {metric} at each method's best rate", note, headings, lines)
 
