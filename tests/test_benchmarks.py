@@ -6,8 +6,10 @@ import json
 import jax
 import pytest
 
-from benchmarks import bound, compile_time, smollm2, t5, timing, tpu, train_step, update
+from benchmarks import bound, bound_sst2, compile_time, smollm2, t5, timing, tpu, train_step, update
+from experiments.finetune.config import RunConfig
 from experiments.finetune.methods import METHODS
+from experiments.finetune.prepare import load_data
 from experiments.models.bert import BertConfig
 
 TINY = {"encoder/layers/0/wi": (8, 12), "encoder/layers/1/wi": (8, 12)}
@@ -101,6 +103,15 @@ def test_bound_counts_the_steps_after_the_first_twentieth(monkeypatch):
     assert lora["bounded"] is None
     assert 0 <= pro["bounded"] <= 1
     assert pro["loss"] < 6
+
+
+def test_bound_on_an_encoder_counts_the_same_steps():
+    given = {"model": "tiny", "task": "pydoc", "train_examples": 640, "max_length": 16}
+    run = RunConfig(method="lorapro-factored", learning_rate=3e-2, seed=0, epochs=1, **given)
+    row = bound_sst2.measure(run, load_data(run, None))
+    assert row["steps"] == 20
+    assert 0 < row["bounded"] < 1
+    assert row["loss"] < 3
 
 
 def test_tpu_cycles_of_a_tiny_update():
