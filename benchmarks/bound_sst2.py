@@ -1,8 +1,8 @@
 """How often `retract`'s bound acts on a real encoder: python -m benchmarks.bound_sst2 --data-dir D
 
 MiniLM on SST-2, by the step of `experiments.finetune`, batches of 32 for one epoch, at rates at
-which plain LoRA trains well. `bounded` is the share of (pair, step) after the first 5%; a method that
-does not train ends at a loss of 0.69.
+which plain LoRA trains well. `bounded` is the share of (pair, step) after the first 5%. A method
+that does not train ends at a loss of 0.69.
 """
 
 import pathlib
