@@ -20,6 +20,7 @@ from experiments import checks, storage
 # times as much.
 RATES = {
     "full": 1e-4,
+    "full-muon": 1e-4,
     "lora": 2e-3,
     "lorapro-full": 2e-4,
     "lorapro-factored": 2e-4,
@@ -207,7 +208,7 @@ class Run:
     """A few seconds of the same on a random tiny model, and on its embedded task unless data are
     given; it sets epochs, batches, lengths and examples, and takes the first seed."""
     methods: Annotated[tuple[str, ...], _list_of(str, "NAME,NAME,...")] = tuple(RATES)
-    """Any of full, lora, lorapro-full, lorapro-factored, lorapro-muon, lorapro-adamw."""
+    """Any of full, full-muon, lora, lorapro-full, lorapro-factored, lorapro-muon, lorapro-adamw."""
     learning_rates: Annotated[
         tuple[checks.Positive, ...] | None,
         _list_of(float, "RATE,RATE,..."),

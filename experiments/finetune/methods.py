@@ -58,8 +58,32 @@ def _projected_adamw(run: RunConfig, rate: optax.Schedule) -> optax.GradientTran
     return optax.chain(lp.lorapro(run.scale, layout=layout_of(run)), _adamw(run, rate))
 
 
+def _full_muon(run: RunConfig, rate: optax.Schedule) -> optax.GradientTransformation:
+    """Optax's Muon on the layers' kernels, AdamW on the rest, at AdamW's rates (rms 0.2)."""
+
+    def sides(params):
+        def of(path, x) -> optax.contrib.MuonDimensionNumbers | None:
+            del x
+            names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+            kernel = "layers" in names and names[-1] == "kernel"  # (in, out), or a stack of them
+            return optax.contrib.MuonDimensionNumbers(-2, -1) if kernel else None
+
+        return jax.tree_util.tree_map_with_path(of, params)
+
+    return optax.contrib.muon(
+        rate,
+        weight_decay=run.weight_decay,
+        adam_weight_decay=run.weight_decay,
+        adam_b1=run.b1,
+        adam_b2=run.b2,
+        muon_weight_dimension_numbers=sides,
+        consistent_rms=0.2,
+    )
+
+
 METHODS: dict[str, Method] = {
     "full": Method(False, _adamw),
+    "full-muon": Method(False, _full_muon),
     "lora": Method(True, _adamw),
     "lorapro-full": Method(True, functools.partial(_lorapro, mode="full")),
     "lorapro-factored": Method(True, functools.partial(_lorapro, mode="factored")),

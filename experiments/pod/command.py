@@ -41,7 +41,7 @@ class Settings:
     model: str = "llama3-8b"
     """llama3-8b (its shapes, no weights), or tiny (for tests)."""
     mode: str = "factored,full,lora"
-    """Any of factored, full, chain (lorapro, then AdamW) and lora (AdamW), with commas between."""
+    """Any of factored, full, muon, chain (lorapro, then AdamW) and lora (AdamW), with commas."""
     mesh: str | None = None
     """FSDPxTENSOR, such as 64x4; None: all chips along fsdp."""
     batch: Count | None = None

@@ -23,6 +23,7 @@ from experiments.report.summary import LOWER, Row, best_rows, groups, is_sweep, 
 
 STYLES = {
     "full": {"color": "#444444", "ls": (0, (1, 1)), "marker": "o"},
+    "full-muon": {"color": "#56B4E9", "ls": (0, (1, 2)), "marker": "X"},
     "lora": {"color": "#008060", "ls": "--", "marker": "s"},
     "lorapro-full": {"color": "#0072B2", "ls": "-", "marker": "^"},
     "lorapro-factored": {"color": "#C84E00", "ls": (0, (6, 1.5, 1, 1.5)), "marker": "D"},
