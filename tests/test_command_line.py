@@ -151,7 +151,7 @@ def test_the_help_has_groups_and_every_flag(capsys):
     shown = capsys.readouterr().out
     groups = re.findall(r"^\W*(\w+) options\b", shown, re.MULTILINE)
     assert groups == [
-        "run", "model", "data", "answers", "adapter", "optimizer", "record", "device"
+        "run", "model", "data", "answers", "search", "adapter", "optimizer", "record", "device"
     ]  # fmt: skip
     for name in typing.get_type_hints(config.Command):
         assert f"--{name.replace('_', '-')}" in shown

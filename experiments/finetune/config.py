@@ -104,13 +104,19 @@ class Data:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Answers:
-    """What a language model writes at every evaluation, and how."""
+    """What a language model writes at every evaluation."""
 
     answers: Annotated[int, checks.Range(0)] = 10
     """Validation prompts that are answered, the same for every run; the task's scores are of them;
     0: none."""
     max_new_tokens: checks.Count | None = None
     """Tokens of an answer at most; None: the task's own."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Search:
+    """How an answer is searched for."""
+
     beams: checks.Count = 1
     """Beams of the search; 1: the likeliest token at every step."""
     length_penalty: Annotated[float, checks.Range(-100.0, 100.0)] = 1.0
@@ -165,7 +171,7 @@ class Optimizer:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Training(Optimizer, Adapter, Answers, Data, Model):
+class Training(Optimizer, Adapter, Search, Answers, Data, Model):
     """What all runs of a command share."""
 
 

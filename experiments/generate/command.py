@@ -7,19 +7,19 @@ alone; those to several come one after the other, each below its prompt.
 
 import dataclasses
 import pathlib
-from typing import Annotated
 
 import tyro
 
-from experiments.checks import Count, Range, in_range
+from experiments.checks import Count, in_range
 from experiments.exits import reported
+from experiments.finetune.config import Search
 from experiments.generate.writers import answers, opened, tokens_of
 from experiments.models.llama_decode import Decoding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Let a fine-tuned language model answer prompts."""
+class Asked:
+    """Who answers what."""
 
     adapter: pathlib.Path | None = None
     """A run folder of experiments.finetune, a PEFT adapter, or a whole model's folder; None: the
@@ -33,14 +33,13 @@ class Settings:
     """A text file with one prompt a line, asked after --prompt."""
     max_new_tokens: Count = 128
     """Tokens of an answer at most."""
-    beams: Count = 1
-    """Beams of the search; 1: the likeliest token at every step."""
-    length_penalty: Annotated[float, Range(-100.0, 100.0)] = 1.0
-    """A beam's log-likelihood is divided by its length to this power."""
-    no_repeat_ngram: Annotated[int, Range(0)] = 0
-    """No sequence of so many tokens comes twice in an answer; 0: any may."""
     plain: bool = False
     """Write prompts without the model's chat template; so does a run that was trained plain."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(Search, Asked):
+    """Let a fine-tuned language model answer prompts."""
 
 
 @reported
