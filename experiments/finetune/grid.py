@@ -23,8 +23,7 @@ PAPER_EPOCHS = 1
 
 # Of single models: where first trials of SmolLM2 did best; no sweep has confirmed them.
 RATES_OF = {
-    "smollm2": RATES
-    | {"lora": 3e-3, "lorapro-full": 1e-3, "lorapro-factored": 1e-3, "lorapro-muon": 3e-3},
+    "smollm2": RATES | {"lorapro-full": 1e-3, "lorapro-factored": 1e-3, "lorapro-muon": 3e-3},
 }
 
 
