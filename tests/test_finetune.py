@@ -280,7 +280,7 @@ def test_a_command_stands_for_the_grid_of_its_lists():
     assert {run.epochs for run in found} == {grid.EPOCHS["pydoc"]}
     assert set(config.RATES) == set(METHODS)
     own = grid.runs(dataclasses.replace(command, learning_rates=None, seeds=(0,)))
-    assert [(run.method, run.learning_rate) for run in own] == [("lora", 2e-3), ("full", 1e-4)]
+    assert [(run.method, run.learning_rate) for run in own] == [("lora", 3e-3), ("full", 1e-4)]
     (run,) = grid.runs(dataclasses.replace(command, task="mrpc", methods=("lora",),
                                              learning_rates=(1e-4,), seeds=(0,)))  # fmt: skip
     assert run.epochs == grid.PAPER_EPOCHS

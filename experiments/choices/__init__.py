@@ -1,0 +1,1 @@
+"""Other forms of LoRA-Pro's Muon, to choose by."""
