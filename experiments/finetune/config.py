@@ -213,8 +213,11 @@ class Run:
     smoke: bool = False
     """A few seconds of the same on a random tiny model, and on its embedded task unless data are
     given; it sets epochs, batches, lengths and examples, and takes the first seed."""
-    methods: Annotated[tuple[str, ...], _list_of(str, "NAME,NAME,...")] = tuple(RATES)
-    """Any of full, full-muon, lora, lorapro-full, lorapro-factored, lorapro-muon, lorapro-adamw."""
+    methods: Annotated[tuple[str, ...], _list_of(str, "NAME,NAME,...")] = tuple(
+        name for name in RATES if name != "full-muon"
+    )
+    """Any of full, lora, lorapro-full, lorapro-factored, lorapro-muon, lorapro-adamw, and full-muon
+    (optax.contrib.muon), which is slow on a CPU."""
     learning_rates: Annotated[
         tuple[checks.Positive, ...] | None,
         _list_of(float, "RATE,RATE,..."),
