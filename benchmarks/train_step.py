@@ -20,7 +20,8 @@ from experiments.models.bert import BertConfig
 from experiments.pod.step import updated
 
 MINILM = BertConfig(30_522, 384, 6, 12, 1536)  # vocabulary, width, layers, heads, the MLP's width
-ADAPTED = ("adamw", "factored", "full")  # rules that train the factors
+ADAPTED = ("adamw", "factored", "full", "muon")  # rules that train the factors
+MOST = {"factored": 1.08}  # over LoRA under AdamW; the others have no bound
 
 
 def stepper(layers: Callable, tx: Any, trained: Any, *fixed: Any) -> Callable[[], None]:
@@ -62,12 +63,12 @@ def measure(config: BertConfig, batch: int, length: int, rank: int, rounds: int)
 
 
 def bounds(times: timing.Times) -> list[dict]:
-    """The ratios that have a bound."""
+    """The ratios, with their bounds where they have one."""
     return [
         timing.ratio(times, f"{framework} {over}", f"{framework} {under}", most=most)
         for framework in stacks.FRAMEWORKS
         for over, under, most in (
-            ("lora factored", "lora adamw", 1.08),
+            *((f"lora {name}", "lora adamw", MOST.get(name)) for name in ADAPTED[1:]),
             ("lora adamw", "fine-tuning adamw", 0.95),
         )
     ]
