@@ -50,22 +50,15 @@ def _methods(title: str, group: Sequence[Row]) -> Table:
     for row in best:
         rate, speed = "–", "–"
         if not row.diverged:
-            rate, speed = rate_text(row.learning_rate), f"{row.mean['examples_per_second']:.0f}"
-        said = [f"{row.mean[name]:.3f}" if row.mean else "–" for name in answered]
+            rate, speed = rate_text(row.learning_rate), f"{row.mean['examples_per_second']:.3g}"
+        said = [f"{row.mean[name]:.3g}" if row.mean else "–" for name in answered]
         state = f"{row.records[0]['optimizer_state_bytes'] / 1e6:.2f}"
         lines.append([row.method, rate, str(row.n), _score(row, marked), *said, state, speed])
     asked = [f"{name} ({config['answers']} answers)" for name in answered]
-    headings = [
-        "method",
-        "best rate",
-        "seeds",
-        metric,
-        *asked,
-        "optimizer state (MB)",
-        "examples/s",
-    ]
+    which = "best rate" if is_sweep(group) else "rate"
+    headings = ["method", which, "seeds", metric, *asked, "optimizer state (MB)", "examples/s"]
     note = f"{_data(group)} {_SPREAD} Marked: the best and what is within one standard error of it."
-    return Table(f"{title}: {metric} at each method's best rate", note, headings, lines)
+    return Table(f"{title}: {metric} at each method's {which}", note, headings, lines)
 
 
 def _data(group: Sequence[Row]) -> str:
