@@ -19,7 +19,15 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from experiments import storage
-from experiments.report.summary import LOWER, Row, best_rows, groups, is_sweep, rate_text
+from experiments.report.summary import (
+    LOWER,
+    Row,
+    best_rows,
+    groups,
+    is_sweep,
+    rate_text,
+    which_rate,
+)
 
 STYLES = {
     "full": {"color": "#444444", "ls": (0, (1, 1)), "marker": "o"},
@@ -97,7 +105,7 @@ def loss_curves(ax: Axes, rows: Sequence[Row]) -> tuple[str, str]:
     ax.set_xlabel("step")
     _label(ax, labels)
     facts = _facts(rows, "moving mean of the cross-entropy")
-    return "How does the training loss fall at each method's best rate?", facts
+    return f"How does the training loss fall at each method's {which_rate(rows)}?", facts
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:

@@ -106,6 +106,11 @@ def is_sweep(group: Sequence[Row]) -> bool:
     return len(group) > len({row.method for row in group})
 
 
+def which_rate(group: Sequence[Row]) -> str:
+    """What the rate that is shown of each method may be called."""
+    return "best rate" if is_sweep(group) else "rate"
+
+
 def _score(row: Row) -> float:
     """The headline metric, negated if less is better; a rate that diverged is the last choice."""
     if row.diverged:

@@ -8,7 +8,16 @@ from typing import Any, NamedTuple
 import rich.table
 from rich.box import SIMPLE
 
-from experiments.report.summary import DEFAULTS, Row, best_rows, groups, is_sweep, rate_text, ties
+from experiments.report.summary import (
+    DEFAULTS,
+    Row,
+    best_rows,
+    groups,
+    is_sweep,
+    rate_text,
+    ties,
+    which_rate,
+)
 
 ANSWERED = ("bleu", "chrf", "exact_match")  # scores of what a language model answers
 _WIDTH = 80
@@ -55,7 +64,7 @@ def _methods(title: str, group: Sequence[Row]) -> Table:
         state = f"{row.records[0]['optimizer_state_bytes'] / 1e6:.2f}"
         lines.append([row.method, rate, str(row.n), _score(row, marked), *said, state, speed])
     asked = [f"{name} ({config['answers']} answers)" for name in answered]
-    which = "best rate" if is_sweep(group) else "rate"
+    which = which_rate(group)
     headings = ["method", which, "seeds", metric, *asked, "optimizer state (MB)", "examples/s"]
     note = f"{_data(group)} {_SPREAD} Marked: the best and what is within one standard error of it."
     return Table(f"{title}: {metric} at each method's {which}", note, headings, lines)
