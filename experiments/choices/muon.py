@@ -100,8 +100,7 @@ def _scaled(s: float) -> Rule:
     return Rule(init, update)
 
 
-Rules = dict[str, Callable[[float], Rule]]
-DENSE: Rules = {
+DENSE: dict[str, Callable[[float], Rule]] = {
     "dense": functools.partial(_averaging, _dense()),
     "longer-side": functools.partial(_averaging, _dense(lambda m, n: RMS * max(m, n) ** 0.5)),
     "one-size": functools.partial(_averaging, _dense(lambda m, n: RMS * 576**0.5)),
